@@ -1,0 +1,255 @@
+"""The trainer bridge: what every trainer shares, whatever engine computes and wherever rollouts run.
+
+`collect` turns tasks into finished rollouts and their spans into episodes; `batch` turns episodes into token
+rows. It talks to the store through `RolloutService`, in process or over HTTP, and knows no engine.
+Rollout ids follow from (run, step, task, sample), so collecting a step again after a crash reuses whatever
+had finished.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from agentlightning.errors import InvalidInput, NothingToLearn
+from agentlightning.learning.advantages import FLAT, Estimator, group_advantages
+from agentlightning.learning.air import AIR, apply_air
+from agentlightning.learning.batching import Normalise, build_batch
+from agentlightning.learning.credit import Credit, identical
+from agentlightning.learning.selection import Selector, select
+from agentlightning.reading import read_episode
+from agentlightning.types import (
+    Attempt,
+    AttemptStatus,
+    Batch,
+    Episode,
+    Limits,
+    Mode,
+    Rollout,
+    RolloutStatus,
+    Span,
+    Task,
+)
+
+WAIT_S = 10.0  # one long poll; progress is reported at least this often
+
+
+class RolloutService(Protocol):
+    """The part of the store that a trainer needs. Implemented by the store and by the HTTP client."""
+
+    def enqueue(self, rollouts: Sequence[Rollout]) -> None: ...
+    def wait(self, rollout_ids: Sequence[str], timeout_s: float) -> Sequence[Rollout]:
+        """Those of the rollouts that are final; returns when all are, or at the timeout."""
+        ...
+
+    def attempts(self, rollout_id: str) -> Sequence[Attempt]: ...
+    def spans(self, rollout_id: str) -> Sequence[Span]: ...
+    def cancel(self, rollout_ids: Sequence[str]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LearningSettings:
+    """How episodes become a batch."""
+
+    policy: str = "policy"
+    air: AIR | None = None
+    """Rules for intermediate rewards; None leaves only the rewards that were given."""
+    select: Selector | None = None
+    """Which transitions train; None trains all calls of the policy."""
+    credit: Credit = identical
+    estimator: Estimator = Estimator.GRPO
+    normalise: Normalise | None = None
+    """None: per episode, or constant for Dr. GRPO."""
+    reward_weights: Mapping[str, float] | None = None
+    merge: bool = True
+
+    @property
+    def normalisation(self) -> Normalise:
+        if self.normalise is not None:
+            return self.normalise
+        return Normalise.CONSTANT if self.estimator is Estimator.DR_GRPO else Normalise.EPISODE
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """Finished rollouts of one step. `problems` counts what could not be used, by sentence."""
+
+    episodes: Sequence[Episode]
+    rollouts: Sequence[Rollout]
+    problems: Counter[str] = field(default_factory=Counter[str])
+
+    @property
+    def mean_reward(self) -> float:
+        """Mean final reward of the episodes that have one; NaN when none has."""
+        rewards = [e.final_reward for e in self.episodes if e.final_reward is not None]
+        return sum(rewards) / len(rewards) if rewards else float("nan")
+
+
+class TrainerBridge:
+    """Collects rollouts for one training run and turns them into batches."""
+
+    def __init__(
+        self, service: RolloutService, run_id: str, learning: LearningSettings | None = None
+    ) -> None:
+        self._service = service
+        self.run_id = run_id
+        self.learning = learning or LearningSettings()
+
+    def collect(
+        self,
+        tasks: Sequence[Task],
+        *,
+        step: int,
+        group_size: int = 1,
+        mode: Mode = Mode.TRAIN,
+        version: int | None = None,
+        limits: Limits | None = None,
+        timeout_s: float = 3600.0,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Collected:
+        """Run every task `group_size` times and read the episodes of those that ended.
+
+        Blocks until all rollouts are final. Failed rollouts are counted in `problems`; at `timeout_s` the
+        rest is cancelled. Raises NothingToLearn when no rollout succeeded.
+        """
+        rollouts = self._rollouts(tasks, step, group_size, mode, version, limits or Limits())
+        self._service.enqueue(rollouts)
+        ended = self._await([r.id for r in rollouts], timeout_s, on_progress)
+        by_id = {r.id: r for r in ended}
+        problems: Counter[str] = Counter()
+        episodes: list[Episode] = []
+        for rollout in (by_id[r.id] for r in rollouts if r.id in by_id):
+            episode = self._episode(rollout, problems)
+            if episode is not None:
+                episodes.append(episode)
+        if len(by_id) < len(rollouts):
+            problems[f"rollout cancelled after {timeout_s:g} s"] += len(rollouts) - len(by_id)
+        if not episodes:
+            raise NothingToLearn(_nothing(problems))
+        return Collected(episodes, list(ended), problems)
+
+    def batch(self, episodes: Sequence[Episode]) -> Batch:
+        """Select, assign credit, compare within groups, pack. Raises NothingToLearn for an empty batch."""
+        learning = self.learning
+        if learning.select is not None:
+            chosen = [select(episode, learning.select) for episode in episodes]
+        else:
+            chosen = [select(episode, lambda t: t.policy == learning.policy) for episode in episodes]
+        if learning.select is not None and not any(e.transitions for e in chosen):
+            agents = sorted({str(t.agent_name) for e in episodes for t in e.transitions})
+            raise NothingToLearn(
+                f"the agent selector matched no call; agents seen: {', '.join(agents) or 'none'}"
+            )
+        usable = [e for e in chosen if e.transitions and e.final_reward is not None]
+        returns = [learning.credit(e) for e in usable]
+        advantages = group_advantages(returns, [e.group_id for e in usable], learning.estimator)
+        return build_batch(
+            usable,
+            advantages,
+            policy=learning.policy,
+            normalise=learning.normalisation,
+            merge=learning.merge,
+        )
+
+    def _rollouts(
+        self,
+        tasks: Sequence[Task],
+        step: int,
+        group_size: int,
+        mode: Mode,
+        version: int | None,
+        limits: Limits,
+    ) -> list[Rollout]:
+        if group_size < 1:
+            raise InvalidInput(f"group_size must be at least 1, got {group_size}")
+        rollouts: list[Rollout] = []
+        for position, task in enumerate(tasks):
+            group = f"{self.run_id}.{mode}.{step}.{position}"
+            for sample in range(group_size):
+                rollouts.append(
+                    Rollout(
+                        id=f"{group}.{sample}",
+                        task=task,
+                        group_id=group,
+                        mode=mode,
+                        policy_version=version,
+                        limits=limits,
+                        run_id=self.run_id,
+                        created_ns=time.time_ns(),
+                    )
+                )
+        return rollouts
+
+    def _await(
+        self, ids: Sequence[str], timeout_s: float, on_progress: Callable[[int, int], None] | None
+    ) -> Sequence[Rollout]:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left = deadline - time.monotonic()
+            ended = self._service.wait(ids, max(0.0, min(left, 1.0 if on_progress else WAIT_S)))
+            if on_progress is not None:
+                on_progress(len(ended), len(ids))
+            if len(ended) == len(ids):
+                return ended
+            if left <= 0:
+                done = {rollout.id for rollout in ended}
+                self._service.cancel([i for i in ids if i not in done])
+                return ended
+
+    def _episode(self, rollout: Rollout, problems: Counter[str]) -> Episode | None:
+        attempt = deciding_attempt(self._service.attempts(rollout.id))
+        if rollout.status is not RolloutStatus.SUCCEEDED or attempt is None:
+            problems[_last_line(attempt.error if attempt else None) or f"rollout {rollout.status}"] += 1
+            return None
+        episode = read_episode(
+            rollout,
+            attempt,
+            self._service.spans(rollout.id),
+            reward_weights=self.learning.reward_weights,
+        )
+        for sentence in episode.untrainable:
+            problems[sentence.split(": ", 1)[-1]] += 1
+        if episode.final_reward is None:
+            problems["no final reward was given"] += 1
+        if not episode.transitions:
+            problems["no call of the policy was recorded"] += 1
+        return apply_air(episode, self.learning.air) if self.learning.air else episode
+
+
+def deciding_attempt(attempts: Sequence[Attempt]) -> Attempt | None:
+    """The attempt that counts: the one that succeeded, else the latest; None when there was none."""
+    good = [a for a in attempts if a.status is AttemptStatus.SUCCEEDED]
+    return max(good or attempts, key=lambda a: a.number, default=None)
+
+
+def learnable_groups(episodes: Sequence[Episode], credit: Credit = identical) -> tuple[int, int]:
+    """(groups whose returns differ, groups): without a difference GRPO has no gradient."""
+    groups: dict[str, list[float]] = {}
+    for episode in episodes:
+        if episode.final_reward is not None and episode.transitions:
+            groups.setdefault(episode.group_id, []).append(float(credit(episode).mean()))
+    mixed = sum(1 for returns in groups.values() if max(returns) - min(returns) > FLAT)
+    return mixed, len(groups)
+
+
+def without_messages(episode: Episode) -> Episode:
+    """The episode without chat messages: what training needs, at a fraction of the memory."""
+    return replace(
+        episode,
+        transitions=[replace(t, messages=(), output=None) for t in episode.transitions],
+        calls=(),
+        agent_runs=(),
+    )
+
+
+def _last_line(error: str | None) -> str | None:
+    lines = [line for line in (error or "").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else None
+
+
+def _nothing(problems: Counter[str]) -> str:
+    reasons = "; ".join(f"{sentence} ({count}x)" for sentence, count in problems.most_common(3))
+    return f"no rollout succeeded: {reasons or 'no worker took one, is a runner connected?'}"
