@@ -1,0 +1,167 @@
+"""The chat completion request: what the gateway takes, what it refuses and with which sentence.
+
+Parameters that would change what is sampled and that no engine here honours are refused rather than ignored;
+parameters that only label a request (user, metadata, store) are accepted and left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from agentlightning.errors import InvalidInput
+from agentlightning.types import JsonObject, Message
+
+MAX_CHOICES = 64
+MAX_STOPS = 4  # OpenAI's own limit
+REFUSED: Mapping[str, Any] = {
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logit_bias": None,
+    "functions": None,
+    "function_call": None,
+    "audio": None,
+}
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A validated chat completion request."""
+
+    model: str
+    messages: Sequence[Message]
+    tools: Sequence[JsonObject] = ()
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int | None = None
+    stop: Sequence[str] = ()
+    seed: int | None = None
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    logprobs: bool = False
+    top_logprobs: int = 0
+    return_token_ids: bool = False
+    """vLLM's extension: prompt_token_ids and token_ids in the response."""
+
+
+def parse_chat_request(body: object) -> ChatRequest:
+    """Validate a decoded JSON body. Raises InvalidInput naming the field and what it must be."""
+    if not isinstance(body, Mapping):
+        raise InvalidInput("the request body must be a JSON object")
+    fields = cast("Mapping[str, Any]", body)
+    for name, neutral in REFUSED.items():
+        if fields.get(name) not in (None, neutral, {}, []):
+            raise InvalidInput(f"'{name}' is not supported by this server; leave it out")
+    _check_format(fields.get("response_format"))
+    options = fields.get("stream_options")
+    limit = fields.get("max_completion_tokens", fields.get("max_tokens"))
+    tools = [] if fields.get("tool_choice") == "none" else _objects(fields, "tools")
+    return ChatRequest(
+        model=_model(fields),
+        messages=_messages(fields.get("messages")),
+        tools=tools,
+        temperature=_number(fields, "temperature", 1.0, low=0, high=2),
+        top_p=_number(fields, "top_p", 1.0, low=0, high=1, open_low=True),
+        max_tokens=None if limit is None else _whole({"max_tokens": limit}, "max_tokens", low=1),
+        stop=_stops(fields.get("stop")),
+        seed=None if fields.get("seed") is None else _whole(fields, "seed", low=-(2**63), high=2**64),
+        n=1 if fields.get("n") is None else _whole(fields, "n", low=1, high=MAX_CHOICES),
+        stream=fields.get("stream") is True,
+        include_usage=isinstance(options, Mapping) and cast("Any", options).get("include_usage") is True,
+        logprobs=fields.get("logprobs") is True,
+        top_logprobs=0 if not fields.get("top_logprobs") else _whole(fields, "top_logprobs", low=0, high=20),
+        return_token_ids=fields.get("return_token_ids") is True,
+    )
+
+
+def _model(fields: Mapping[str, Any]) -> str:
+    model = fields.get("model")
+    if not isinstance(model, str) or not model:
+        raise InvalidInput("'model' must be the name of a model; GET /v1/models lists them")
+    return model
+
+
+def _check_format(value: Any) -> None:
+    if isinstance(value, Mapping) and cast("Any", value).get("type", "text") != "text":
+        raise InvalidInput(
+            "'response_format' other than text is not supported here: ask for the format in the prompt"
+        )
+
+
+def _messages(value: Any) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise InvalidInput("'messages' must be a non-empty array")
+    messages: list[Message] = []
+    for position, item in enumerate(cast("list[Any]", value)):
+        role = cast("Any", item).get("role") if isinstance(item, Mapping) else None
+        if role not in ROLES:
+            raise InvalidInput(f"messages[{position}].role must be one of {', '.join(sorted(ROLES))}")
+        message = cast("Mapping[str, Any]", item)
+        _check_content(message.get("content"), position)
+        _check_tool_calls(message.get("tool_calls"), position)
+        messages.append(message)
+    return messages
+
+
+def _check_content(content: Any, position: int) -> None:
+    if content is None or isinstance(content, str):
+        return
+    parts = cast("list[Any]", content) if isinstance(content, list) else [None]
+    for part in parts:
+        kind = cast("Any", part).get("type") if isinstance(part, Mapping) else None
+        if kind not in ("text", "refusal"):
+            raise InvalidInput(
+                f"messages[{position}].content: only text is supported, got {kind or 'no'} part"
+            )
+
+
+def _check_tool_calls(calls: Any, position: int) -> None:
+    for call in cast("list[Any]", calls or []):
+        function = cast("Any", call).get("function") if isinstance(call, Mapping) else None
+        name = cast("Any", function).get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str):
+            raise InvalidInput(f"messages[{position}].tool_calls: each needs function.name and .arguments")
+
+
+def _objects(fields: Mapping[str, Any], name: str) -> list[JsonObject]:
+    value = fields.get(name) or []
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in cast("list[Any]", value)):
+        raise InvalidInput(f"'{name}' must be an array of objects")
+    return cast("list[JsonObject]", value)
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    stops = cast("Any", [value] if isinstance(value, str) else value or [])
+    if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in cast("list[Any]", stops)):
+        raise InvalidInput("'stop' must be a string or an array of non-empty strings")
+    if len(cast("list[str]", stops)) > MAX_STOPS:
+        raise InvalidInput(f"'stop' takes at most {MAX_STOPS} sequences")
+    return tuple(cast("list[str]", stops))
+
+
+def _number(
+    fields: Mapping[str, Any], name: str, default: float, *, low: float, high: float, open_low: bool = False
+) -> float:
+    value = fields.get(name)
+    if value is None:
+        return default
+    good = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not good or (open_low and value == low):
+        raise InvalidInput(f"'{name}' must be a number from {low} to {high}, got {value!r}")
+    return float(value)
+
+
+def _whole(fields: Mapping[str, Any], name: str, *, low: int, high: int | None = None) -> int:
+    value = fields.get(name)
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or value < low
+        or (high is not None and value > high)
+    ):
+        limit = f"from {low} to {high}" if high is not None else f"of at least {low}"
+        raise InvalidInput(f"'{name}' must be a whole number {limit}, got {value!r}")
+    return value

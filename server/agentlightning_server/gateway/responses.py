@@ -1,0 +1,142 @@
+"""Completions -> OpenAI's response bodies, whole or as a stream of server-sent events.
+
+A stream is cut from the finished, recorded completion, so that streaming or not stores the very same ids.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from agentlightning.types import Message
+from agentlightning_server.engines.base import Completion
+from agentlightning_server.gateway.prompts import PromptBuilder
+from agentlightning_server.gateway.requests import ChatRequest
+
+CHUNK_CHARACTERS = 16  # of content in one server-sent event
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One answer of a request."""
+
+    index: int
+    message: Message
+    completion: Completion
+
+    @property
+    def finish_reason(self) -> str:
+        return "tool_calls" if self.message.get("tool_calls") else self.completion.finish_reason
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """All answers of a request."""
+
+    response_id: str
+    model: str
+    prompt_ids: Sequence[int]
+    choices: Sequence[Choice]
+    policy_version: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Survives LangChain's streams, where the response id does not."""
+        return f"policy-v{self.policy_version}"
+
+
+def chat_completion(request: ChatRequest, answer: Answer, prompts: PromptBuilder) -> dict[str, Any]:
+    """The body of a `chat.completion`."""
+    body: dict[str, Any] = {
+        **_head(answer, "chat.completion"),
+        "choices": [
+            {
+                "index": choice.index,
+                "message": choice.message,
+                "logprobs": _logprobs(choice.completion, prompts, request),
+                "finish_reason": choice.finish_reason,
+                **({"token_ids": list(choice.completion.token_ids)} if request.return_token_ids else {}),
+            }
+            for choice in answer.choices
+        ],
+        "usage": _usage(answer),
+    }
+    if request.return_token_ids:
+        body["prompt_token_ids"] = list(answer.prompt_ids)
+    return body
+
+
+def events(request: ChatRequest, answer: Answer, prompts: PromptBuilder) -> Iterator[bytes]:
+    """The server-sent events of a streamed chat completion, the closing `[DONE]` included."""
+    head = _head(answer, "chat.completion.chunk")
+    for choice in answer.choices:
+        logprobs = _logprobs(choice.completion, prompts, request)
+        for delta in _deltas(choice.message):
+            yield _event({**head, "choices": [_part(choice.index, delta, logprobs)]})
+            logprobs = None
+        last = _part(choice.index, {}, None, choice.finish_reason)
+        if request.return_token_ids:
+            last["token_ids"] = list(choice.completion.token_ids)
+        yield _event({**head, "choices": [last]})
+    if request.include_usage:
+        yield _event({**head, "choices": [], "usage": _usage(answer)})
+    yield b"data: [DONE]\n\n"
+
+
+def _deltas(message: Message) -> Iterator[dict[str, Any]]:
+    content = message.get("content")
+    yield {"role": "assistant", "content": "" if content is not None else None}
+    if isinstance(content, str):
+        for start in range(0, len(content), CHUNK_CHARACTERS):
+            yield {"content": content[start : start + CHUNK_CHARACTERS]}
+    calls: Any = message.get("tool_calls") or ()
+    for index, call in enumerate(calls):
+        yield {"tool_calls": [{"index": index, **call}]}
+
+
+def _part(
+    index: int, delta: Mapping[str, Any], logprobs: Any, finish_reason: str | None = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _event(body: Mapping[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(body) + b"\n\n"
+
+
+def _head(answer: Answer, kind: str) -> dict[str, Any]:
+    return {
+        "id": answer.response_id,
+        "object": kind,
+        "created": int(time.time()),
+        "model": answer.model,
+        "system_fingerprint": answer.fingerprint,
+    }
+
+
+def _usage(answer: Answer) -> dict[str, int]:
+    sampled = sum(len(choice.completion.token_ids) for choice in answer.choices)
+    read = len(answer.prompt_ids)
+    return {"prompt_tokens": read, "completion_tokens": sampled, "total_tokens": read + sampled}
+
+
+def _logprobs(completion: Completion, prompts: PromptBuilder, request: ChatRequest) -> dict[str, Any] | None:
+    if not request.logprobs:
+        return None
+    alternatives = completion.top_logprobs or [()] * len(completion.token_ids)
+    content = [
+        {**_token(prompts, token_id, logprob), "top_logprobs": [_token(prompts, i, lp) for i, lp in top]}
+        for token_id, logprob, top in zip(
+            completion.token_ids, completion.logprobs, alternatives, strict=True
+        )
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _token(prompts: PromptBuilder, token_id: int, logprob: float) -> dict[str, Any]:
+    text = prompts.decode_token(token_id)
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

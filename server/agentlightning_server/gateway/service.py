@@ -1,0 +1,146 @@
+"""The gateway: a chat completion request in, sampled and recorded answers out.
+
+It knows messages, prompts and spans; it knows neither HTTP nor how the engine computes. Invariant: an answer
+is returned only after its span is stored, so whatever an agent acted on can be trained on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from uuid import uuid4
+
+from agentlightning.errors import NotFound, PromptTooLong
+from agentlightning.types import Span
+from agentlightning_server.engines.base import Completion, Engine, Sampling
+from agentlightning_server.gateway.prompts import Prompt, PromptBuilder
+from agentlightning_server.gateway.recording import Caller, Served, answer_span, failure_span
+from agentlightning_server.gateway.requests import ChatRequest
+from agentlightning_server.gateway.responses import Answer, Choice
+from agentlightning_server.gateway.toolcalls import Parsed, assistant_message
+
+RecordSpans = Callable[[Sequence[Span]], Awaitable[object]]
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """What the gateway decides for requests that leave it open."""
+
+    default_max_tokens: int = 512
+    """Response tokens where the request names no limit (an agent without one would fill the context)."""
+
+
+class Gateway:
+    """Serves an engine's policies to agents and records what was sampled."""
+
+    def __init__(self, engine: Engine, record: RecordSpans, settings: GatewaySettings | None = None) -> None:
+        self._engine = engine
+        self._record = record
+        self._settings = settings or GatewaySettings()
+        self.prompts = PromptBuilder(engine.tokenizer, engine.eos_ids)
+
+    @property
+    def models(self) -> list[tuple[str, int]]:
+        """(policy name, policy version), the default first."""
+        return [(name, self._engine.version(name)) for name in self._engine.policies]
+
+    def policy_of(self, model: str) -> str:
+        """The policy a model name asks for: its own name, or the base model's for the default policy."""
+        if model in self._engine.policies:
+            return model
+        base = self._engine.base_model
+        if model in (base, base.rsplit("/", 1)[-1]):
+            return self._engine.policies[0]
+        served = ", ".join(self._engine.policies)
+        raise NotFound(f"the model '{model}' does not exist on this server, which serves: {served}")
+
+    async def complete(self, request: ChatRequest, caller: Caller) -> Answer:
+        """Sample, record, answer. A failed or cancelled request leaves a span with its error.
+
+        Raises NotFound (model), PromptTooLong, InvalidInput, Unavailable.
+        """
+        start_ns = time.time_ns()
+        try:
+            return await self._complete(request, caller, start_ns)
+        except asyncio.CancelledError:
+            gone = ConnectionError("the client disconnected before the answer was complete")
+            await self._record([failure_span(caller, request, gone, start_ns, time.time_ns())])
+            raise
+        except Exception as error:
+            await self._record([failure_span(caller, request, error, start_ns, time.time_ns())])
+            raise
+
+    async def _complete(self, request: ChatRequest, caller: Caller, start_ns: int) -> Answer:
+        policy = self.policy_of(request.model)
+        prompt = self.prompts.build(request.messages, request.tools, caller.attempt_id)
+        completions = await self._sample(request, prompt, policy)
+        parsed = [self._read(request, completion) for completion in completions]
+        choices = [
+            Choice(i, assistant_message(p), c)
+            for i, (p, c) in enumerate(zip(parsed, completions, strict=True))
+        ]
+        served = Served(
+            response_id=f"chatcmpl-{uuid4().hex}",
+            policy=policy,
+            policy_version=completions[0].policy_version,
+            prompt_ids=prompt.token_ids,
+            continued=prompt.continued,
+        )
+        end_ns = time.time_ns()
+        await self._record(
+            [
+                answer_span(caller, request, choice, replace(served, malformed=p.malformed), start_ns, end_ns)
+                for choice, p in zip(choices, parsed, strict=True)
+            ]
+        )
+        for choice in choices:
+            self.prompts.record(
+                request.messages,
+                request.tools,
+                caller.attempt_id,
+                choice.message,
+                prompt.token_ids,
+                choice.completion.token_ids,
+            )
+        return Answer(served.response_id, request.model, prompt.token_ids, choices, served.policy_version)
+
+    async def _sample(self, request: ChatRequest, prompt: Prompt, policy: str) -> list[Completion]:
+        room = self._engine.context_length - len(prompt.token_ids)
+        if room < 1:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt.token_ids)} tokens and the model reads at most "
+                f"{self._engine.context_length} with the response: shorten the messages or serve with a "
+                "longer context"
+            )
+        limit = min(room, request.max_tokens or self._settings.default_max_tokens)
+        sampling = Sampling(
+            max_tokens=limit,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            should_stop=self._stopper(request.stop),
+            top_logprobs=request.top_logprobs if request.logprobs else 0,
+        )
+        seeds = [None if request.seed is None else request.seed + i for i in range(request.n)]
+        return await asyncio.gather(
+            *(self._engine.generate(prompt.token_ids, replace(sampling, seed=s), policy) for s in seeds)
+        )
+
+    def _stopper(self, stops: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
+        """Whether one of the stop strings ends the text so far; looks at the tail only."""
+        if not stops:
+            return None
+        tail = max(len(stop) for stop in stops) + 8  # a token is at least one byte of a character
+
+        def should_stop(token_ids: Sequence[int]) -> bool:
+            text = self.prompts.decode(token_ids[-tail:])
+            return any(stop in text for stop in stops)
+
+        return should_stop
+
+    def _read(self, request: ChatRequest, completion: Completion) -> Parsed:
+        text = self.prompts.decode(completion.token_ids)
+        cuts = [text.index(stop) for stop in request.stop if stop in text]
+        text = text[: min(cuts)] if cuts else text
+        return self.prompts.tool_format.parse(text) if request.tools else Parsed(text)

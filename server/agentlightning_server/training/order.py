@@ -1,0 +1,22 @@
+"""The order in which tasks are trained on: a function of seed and step alone, so that resume is exact."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from agentlightning.types import Task
+
+
+def tasks_of_step(tasks: Sequence[Task], *, seed: int, step: int, count: int) -> list[Task]:
+    """The `count` tasks of a step: epoch after epoch, each epoch in its own seeded order.
+
+    Steps take consecutive slices, so every task comes once per epoch.
+    """
+    chosen: list[Task] = []
+    for position in range(step * count, (step + 1) * count):
+        epoch, offset = divmod(position, len(tasks))
+        order = list(range(len(tasks)))
+        random.Random(f"{seed}:{epoch}").shuffle(order)
+        chosen.append(tasks[order[offset]])
+    return chosen

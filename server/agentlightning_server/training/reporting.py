@@ -1,0 +1,108 @@
+"""What a training run tells the world while it goes on: metrics as JSON lines, and a `Reporter` to watch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from agentlightning.types import Episode
+
+Phase = Literal["evaluate", "rollouts", "update", "checkpoint"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One training step. Rewards are final rewards, without intermediate ones."""
+
+    step: int
+    version: int
+    """Policy version after the update."""
+    reward: float
+    episodes: int
+    groups: int
+    mixed_groups: int
+    """Groups whose returns differ; the others carry no gradient."""
+    tool_calls: float
+    """Share of episodes with at least one tool call that succeeded."""
+    sampled_tokens: int
+    rollout_s: float
+    update_s: float
+    problems: Mapping[str, int] = field(default_factory=dict[str, int])
+    update: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRecord:
+    """One evaluation on held-out tasks, sampled at the agent's own temperature."""
+
+    step: int
+    version: int
+    reward: float
+    stderr: float
+    """Standard error of the mean reward over tasks."""
+    tool_calls: float
+    held_out: int
+    seconds: float
+    rewards: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Final reward by task id."""
+    problems: Mapping[str, int] = field(default_factory=dict[str, int])
+
+
+class Reporter(Protocol):
+    """Watches a run. Calls come from the training thread."""
+
+    def phase(self, phase: Phase, step: int) -> None: ...
+    def rollouts(self, done: int, total: int) -> None: ...
+    def stepped(self, record: StepRecord) -> None: ...
+    def evaluated(self, record: EvalRecord) -> None: ...
+
+
+class SilentReporter:
+    """Watches nothing."""
+
+    def phase(self, phase: Phase, step: int) -> None: ...
+    def rollouts(self, done: int, total: int) -> None: ...
+    def stepped(self, record: StepRecord) -> None: ...
+    def evaluated(self, record: EvalRecord) -> None: ...
+
+
+class MetricsFile:
+    """Appends records to `metrics.jsonl`; a step that is done again after a crash replaces its old line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, record: StepRecord | EvalRecord) -> None:
+        kind = "step" if isinstance(record, StepRecord) else "eval"
+        line = {"kind": kind, **asdict(record)}
+        kept = [row for row in self.read() if (row["kind"], row["step"]) != (kind, record.step)]
+        text = "".join(json.dumps(row) + "\n" for row in [*kept, line])
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self._path)
+
+    def read(self) -> list[dict[str, object]]:
+        if not self._path.exists():
+            return []
+        return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+
+
+def tool_call_share(episodes: Sequence[Episode]) -> float:
+    """Share of episodes with at least one tool call that ran and succeeded."""
+    good = sum(any(tool.status == "ok" for tool in episode.tool_calls) for episode in episodes)
+    return good / len(episodes) if episodes else 0.0
+
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; NaN without values, 0 error with one."""
+    if not values:
+        return math.nan, math.nan
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return mean, 0.0
+    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))

@@ -1,0 +1,201 @@
+"""The training loop of the embedded engine: collect, batch, update, checkpoint, evaluate.
+
+On-policy and synchronous: a step's rollouts are sampled by the version that the update improves. Resume is
+exact: the order of tasks follows from seed and step, rollout ids from run, step and task, and a checkpoint
+holds all state of the engine; finished rollouts of an interrupted step are reused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agentlightning.bridge import Collected, LearningSettings, RolloutService, TrainerBridge, learnable_groups
+from agentlightning.errors import InvalidInput
+from agentlightning.types import Limits, Mode, Task
+from agentlightning_server.engines.base import Engine
+from agentlightning_server.training.order import tasks_of_step
+from agentlightning_server.training.reporting import (
+    EvalRecord,
+    MetricsFile,
+    Reporter,
+    SilentReporter,
+    StepRecord,
+    mean_and_stderr,
+    tool_call_share,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """How long and on how much a run trains."""
+
+    run_id: str
+    output: Path
+    """Folder of the run: checkpoints, metrics, state."""
+    steps: int = 10
+    tasks_per_step: int = 8
+    group_size: int = 8
+    """Rollouts per task, compared with each other."""
+    seed: int = 0
+    eval_every: int = 0
+    """Evaluate after every so many steps, besides before the first and after the last; 0 for never."""
+    checkpoint_every: int = 5
+    """Steps between checkpoints; steps since the last one are replayed from stored rollouts on resume."""
+    learning: LearningSettings = field(default_factory=LearningSettings)
+    limits: Limits = field(default_factory=Limits)
+    step_timeout_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        for name in ("tasks_per_step", "group_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps < 0:
+            raise InvalidInput(f"steps must be zero or more, got {self.steps}")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a run came to. `before` and `after` are None without held-out tasks."""
+
+    steps: Sequence[StepRecord]
+    before: EvalRecord | None
+    after: EvalRecord | None
+    checkpoint: Path | None
+
+
+class Trainer:
+    """Trains one policy of an engine on rollouts that workers run elsewhere."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        service: RolloutService,
+        settings: TrainSettings,
+        reporter: Reporter | None = None,
+    ) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._reporter = reporter or SilentReporter()
+        self._bridge = TrainerBridge(service, settings.run_id, settings.learning)
+        settings.output.mkdir(parents=True, exist_ok=True)
+        self._metrics = MetricsFile(settings.output / "metrics.jsonl")
+
+    def run(self, train: Sequence[Task], held_out: Sequence[Task] = ()) -> TrainResult:
+        """Train from the last checkpoint, if there is one, to the last step.
+
+        Raises NothingToLearn when a step's rollouts cannot be trained on.
+        """
+        settings = self._settings
+        if settings.steps and not train:
+            raise InvalidInput("there are no training tasks")
+        start, checkpoint = self._resume()
+        records: list[StepRecord] = []
+        before = self.evaluate(held_out, 0) if held_out and start == 0 else None
+        latest = before
+        for step in range(start, settings.steps):
+            records.append(self._step(train, step))
+            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
+                checkpoint = self._save(step + 1)
+            if self._evaluates_after(step + 1) and held_out:
+                latest = self.evaluate(held_out, step + 1)
+        return TrainResult(records, before, latest if latest is not before else None, checkpoint)
+
+    def evaluate(self, tasks: Sequence[Task], step: int) -> EvalRecord:
+        """Run every task once with the current policy and record the mean final reward.
+
+        An episode that failed or got no reward counts as 0, so that a crash never flatters the mean.
+        """
+        self._reporter.phase("evaluate", step)
+        began = time.monotonic()
+        collected = self._collect(tasks, step, group_size=1, mode=Mode.VAL)
+        rewards = {str(e.task_id): e.final_reward or 0.0 for e in collected.episodes}
+        values = [rewards.get(task.id, 0.0) for task in tasks]
+        mean, stderr = mean_and_stderr(values)
+        record = EvalRecord(
+            step=step,
+            version=self._version,
+            reward=mean,
+            stderr=stderr,
+            tool_calls=tool_call_share(collected.episodes) * len(collected.episodes) / len(tasks),
+            held_out=len(tasks),
+            seconds=time.monotonic() - began,
+            rewards={task.id: rewards.get(task.id, 0.0) for task in tasks},
+            problems=dict(collected.problems),
+        )
+        self._metrics.write(record)
+        self._reporter.evaluated(record)
+        return record
+
+    @property
+    def _version(self) -> int:
+        return self._engine.version(self._settings.learning.policy)
+
+    def _step(self, train: Sequence[Task], step: int) -> StepRecord:
+        settings = self._settings
+        self._reporter.phase("rollouts", step)
+        began = time.monotonic()
+        tasks = tasks_of_step(train, seed=settings.seed, step=step, count=settings.tasks_per_step)
+        collected = self._collect(tasks, step, group_size=settings.group_size, mode=Mode.TRAIN)
+        rolled_out = time.monotonic()
+        self._reporter.phase("update", step)
+        batch = self._bridge.batch(collected.episodes)
+        update = self._engine.update(batch)
+        mixed, groups = learnable_groups(collected.episodes, settings.learning.credit)
+        record = StepRecord(
+            step=step,
+            version=self._version,
+            reward=collected.mean_reward,
+            episodes=len(collected.episodes),
+            groups=groups,
+            mixed_groups=mixed,
+            tool_calls=tool_call_share(collected.episodes),
+            sampled_tokens=int(batch.response_mask.sum()),
+            rollout_s=rolled_out - began,
+            update_s=time.monotonic() - rolled_out,
+            problems=dict(collected.problems),
+            update={name: float(value) for name, value in update.items() if math.isfinite(value)},
+        )
+        self._metrics.write(record)
+        self._reporter.stepped(record)
+        return record
+
+    def _collect(self, tasks: Sequence[Task], step: int, *, group_size: int, mode: Mode) -> Collected:
+        return self._bridge.collect(
+            tasks,
+            step=step,
+            group_size=group_size,
+            mode=mode,
+            version=self._version,
+            limits=self._settings.limits,
+            timeout_s=self._settings.step_timeout_s,
+            on_progress=self._reporter.rollouts,
+        )
+
+    def _evaluates_after(self, done: int) -> bool:
+        every = self._settings.eval_every
+        return done == self._settings.steps or (every > 0 and done % every == 0)
+
+    def _save(self, done: int) -> Path:
+        self._reporter.phase("checkpoint", done)
+        folder = self._settings.output / "checkpoints" / f"step-{done:06d}"
+        self._engine.save(folder)
+        state = self._settings.output / "state.json"
+        temporary = state.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"step": done, "checkpoint": folder.name}), encoding="utf-8")
+        temporary.replace(state)
+        return folder
+
+    def _resume(self) -> tuple[int, Path | None]:
+        """(updates done, checkpoint) of the last complete checkpoint, loaded into the engine."""
+        state = self._settings.output / "state.json"
+        if not state.exists():
+            return 0, None
+        saved = json.loads(state.read_text(encoding="utf-8"))
+        folder = self._settings.output / "checkpoints" / saved["checkpoint"]
+        self._engine.load(folder)
+        return int(saved["step"]), folder
