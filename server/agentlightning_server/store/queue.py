@@ -1,0 +1,310 @@
+"""The queue of rollouts: enqueue, claim, heartbeat, finish, expire, cancel. Each is one write.
+
+    queued --claim--> running --finish--> succeeded
+      ^                  |  failed, timed out, lost
+      '---- retry delay -'--------------> failed, after max_attempts
+
+Not here: threads, futures and HTTP. Invariants: a rollout is claimed by compare-and-set, so by one worker; a
+report counts only while its attempt is running (fencing by attempt id).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert
+
+from agentlightning.errors import Conflict, InvalidInput, NotFound
+from agentlightning.types import Attempt, AttemptStatus, Claim, Mode, Reward, Rollout, RolloutStatus
+
+from .keys import Principal, Scope, drop_attempt_keys, write_key
+from .rows import Row, attempt_from_row, attempt_to_row, rollout_from_row, rollout_to_row
+from .schema import attempts, rollouts, spans
+from .spans import attempt_id_of, chunks, reward_span
+from .writer import Changes
+
+LEASE_S = 30.0  # three heartbeats
+RETRY_FIRST_S = 1.0
+RETRY_FACTOR = 2.0
+RETRY_CAP_S = 60.0
+RETRY_JITTER = 0.2  # so that rollouts which failed together are not retried together
+DEADLINE_GRACE_S = (
+    5.0  # the worker ends a late attempt itself, with a better message; this is for when it cannot
+)
+MAX_ERROR_CHARS = 32_768
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:~@=+-]{0,254}")
+_insert_rollouts = insert(rollouts).on_conflict_do_nothing(index_elements=["id"])
+
+
+def check_id(rollout_id: str) -> str:
+    """Rollout ids become parts of URLs. Raises InvalidInput."""
+    if not _ID.fullmatch(rollout_id):
+        raise InvalidInput(
+            f"{rollout_id!r:.80} cannot be a rollout id: use 1 to 255 letters, digits and any of ._:~@=+- , "
+            "starting with a letter or digit"
+        )
+    return rollout_id
+
+
+def enqueue(connection: sa.Connection, changes: Changes, rows: Sequence[dict[str, Any]]) -> None:
+    """Queue rollouts; those whose id exists are left as they are."""
+    if rows:
+        connection.execute(_insert_rollouts, rows)
+        changes.known_rollouts |= {row["id"] for row in rows if row["mode"] != Mode.LIVE}
+        changes.work = True
+
+
+def rollout_rows(new: Sequence[Rollout], now_ns: int) -> list[dict[str, Any]]:
+    """Checked rows for `enqueue`. Raises InvalidInput."""
+    for rollout in new:
+        check_id(rollout.id)
+        if rollout.limits.max_attempts < 1 or not rollout.limits.start_to_close_s > 0:
+            raise InvalidInput(f"rollout {rollout.id}: limits must allow one attempt of more than 0 s")
+    return [rollout_to_row(rollout, now_ns) for rollout in new]
+
+
+def claim(
+    connection: sa.Connection, changes: Changes, worker_id: str, limit: int, model: str, now_ns: int
+) -> list[Claim]:
+    """Lease up to `limit` rollouts, in the order they were queued."""
+    ready = (
+        sa.select(rollouts)
+        .where(rollouts.c.status == RolloutStatus.QUEUED, rollouts.c.available_ns <= now_ns)
+        .order_by(rollouts.c.seq)
+        .limit(limit)
+    )
+    return [
+        _claim_one(connection, changes, row, worker_id, model, now_ns)
+        for row in connection.execute(ready).mappings().all()
+        if _compare_and_set(connection, row["id"], RolloutStatus.QUEUED, RolloutStatus.RUNNING)
+    ]
+
+
+def next_ready_ns(connection: sa.Connection) -> int | None:
+    """When the next queued rollout becomes claimable; None when none is queued."""
+    return connection.scalar(
+        sa.select(sa.func.min(rollouts.c.available_ns)).where(rollouts.c.status == RolloutStatus.QUEUED)
+    )
+
+
+def _compare_and_set(
+    connection: sa.Connection, rollout_id: str, before: RolloutStatus, after: RolloutStatus
+) -> bool:
+    done = connection.execute(
+        rollouts.update()
+        .where(rollouts.c.id == rollout_id, rollouts.c.status == before)
+        .values(status=str(after), attempts=rollouts.c.attempts + 1)
+    )
+    return done.rowcount == 1
+
+
+def _claim_one(
+    connection: sa.Connection, changes: Changes, row: Row, worker_id: str, model: str, now_ns: int
+) -> Claim:
+    values = dict(row) | {"status": RolloutStatus.RUNNING}
+    rollout = rollout_from_row(values)  # pyright: ignore[reportArgumentType] - a mapping with the row's keys
+    number = row["attempts"] + 1
+    attempt = Attempt(
+        id=attempt_id_of(rollout.id, number),
+        rollout_id=rollout.id,
+        number=number,
+        worker_id=worker_id,
+        lease_expires_ns=now_ns + int(LEASE_S * 1e9),
+        deadline_ns=now_ns + int(rollout.limits.start_to_close_s * 1e9),
+        started_ns=now_ns,
+    )
+    connection.execute(attempts.insert(), attempt_to_row(attempt))
+    key = write_key(connection, changes, Principal(Scope.ATTEMPT, rollout.id, attempt.id), now_ns)
+    return Claim(rollout, attempt, key, model)
+
+
+def heartbeat(
+    connection: sa.Connection, _changes: Changes, attempt_id: str, worker_id: str, now_ns: int
+) -> bool:
+    """Renew the lease. True: the attempt was cancelled, end it. Raises NotFound, Conflict."""
+    attempt = _attempt(connection, attempt_id)
+    _check_owner(attempt, worker_id)
+    if attempt.status is AttemptStatus.CANCELLED:
+        return True
+    _check_running(attempt)
+    connection.execute(
+        attempts.update()
+        .where(attempts.c.id == attempt_id)
+        .values(lease_expires_ns=now_ns + int(LEASE_S * 1e9))
+    )
+    return False
+
+
+def finish(
+    connection: sa.Connection,
+    changes: Changes,
+    attempt_id: str,
+    worker_id: str,
+    status: AttemptStatus,
+    error: str | None,
+    rewards: Sequence[Reward],
+    now_ns: int,
+) -> None:
+    """End an attempt with its rewards. The same report again is no error, a different one is a Conflict.
+
+    SUCCEEDED ends the rollout. CANCELLED, from a worker that shuts down, queues it again at once and does not
+    count as a try; everything else is retried after a delay until `max_attempts`.
+    """
+    if status is AttemptStatus.RUNNING:
+        raise InvalidInput("an attempt cannot finish as running")
+    attempt = _attempt(connection, attempt_id)
+    _check_owner(attempt, worker_id)
+    if attempt.status is status and attempt.status is not AttemptStatus.CANCELLED:
+        return  # a report that was sent again because its answer got lost
+    _check_running(attempt)
+    rows = [reward_span(attempt.rollout_id, attempt_id, reward) for reward in rewards]
+    if rows:
+        connection.execute(insert(spans).on_conflict_do_nothing(), [dict(row) for row in rows])
+    _end(connection, changes, attempt, status, error, now_ns)
+
+
+def expire(connection: sa.Connection, changes: Changes, now_ns: int) -> int:
+    """End attempts whose lease or deadline ran out, as their worker would have. Returns how many."""
+    grace_ns = int(DEADLINE_GRACE_S * 1e9)
+    late = (
+        sa.select(attempts)
+        .where(attempts.c.status == AttemptStatus.RUNNING)
+        .where((attempts.c.lease_expires_ns < now_ns) | (attempts.c.deadline_ns < now_ns - grace_ns))
+    )
+    ended = [attempt_from_row(row) for row in connection.execute(late).mappings().all()]
+    for attempt in ended:
+        if attempt.deadline_ns < now_ns:
+            seconds = (attempt.deadline_ns - attempt.started_ns) / 1e9
+            status, error = AttemptStatus.TIMED_OUT, f"not finished within its {seconds:g} s"
+        else:
+            status = AttemptStatus.LOST
+            error = f"worker {attempt.worker_id} sent no heartbeat for {LEASE_S:g} s"
+        _end(connection, changes, attempt, status, error, now_ns)
+    return len(ended)
+
+
+def cancel(connection: sa.Connection, changes: Changes, rollout_ids: Sequence[str], now_ns: int) -> None:
+    """End rollouts and their running attempts; final ones stay as they are. Raises NotFound, ending none."""
+    for part in chunks(rollout_ids):
+        check_exist(connection, part)
+        live = [
+            row.id
+            for row in connection.execute(
+                sa.select(rollouts.c.id).where(
+                    rollouts.c.id.in_(part),
+                    rollouts.c.status.in_([RolloutStatus.QUEUED, RolloutStatus.RUNNING]),
+                )
+            )
+        ]
+        running = connection.execute(
+            sa.select(attempts.c.id).where(
+                attempts.c.rollout_id.in_(live), attempts.c.status == AttemptStatus.RUNNING
+            )
+        )
+        attempt_ids = [row.id for row in running]
+        connection.execute(
+            rollouts.update()
+            .where(rollouts.c.id.in_(live))
+            .values(status=str(RolloutStatus.CANCELLED), ended_ns=now_ns)
+        )
+        connection.execute(
+            attempts.update()
+            .where(attempts.c.id.in_(attempt_ids))
+            .values(status=str(AttemptStatus.CANCELLED), ended_ns=now_ns, error="the rollout was cancelled")
+        )
+        drop_attempt_keys(connection, changes, attempt_ids)
+        changes.final_rollouts |= set(live)
+
+
+def check_exist(connection: sa.Connection, rollout_ids: Sequence[str]) -> None:
+    """Raises NotFound naming one that does not."""
+    found = {
+        row.id
+        for part in chunks(rollout_ids)
+        for row in connection.execute(sa.select(rollouts.c.id).where(rollouts.c.id.in_(part)))
+    }
+    for rollout_id in rollout_ids:
+        if rollout_id not in found:
+            raise NotFound(
+                f"there is no rollout {rollout_id!r:.300}; enqueue it first, or look at its spelling"
+            )
+
+
+def retry_delay_s(failures: int, jitter: float) -> float:
+    """Seconds before the next try after that many failures; `jitter` in 0..1 lengthens it by up to 20 %."""
+    plain = min(RETRY_CAP_S, RETRY_FIRST_S * RETRY_FACTOR ** min(failures - 1, 16))
+    return plain * (1 + RETRY_JITTER * jitter)
+
+
+def _attempt(connection: sa.Connection, attempt_id: str) -> Attempt:
+    row = connection.execute(sa.select(attempts).where(attempts.c.id == attempt_id)).mappings().first()
+    if row is None:
+        raise NotFound(f"there is no attempt {attempt_id!r:.300}")
+    return attempt_from_row(row)
+
+
+def _check_owner(attempt: Attempt, worker_id: str) -> None:
+    if attempt.worker_id != worker_id:
+        raise Conflict(
+            f"attempt {attempt.id} belongs to worker {attempt.worker_id}, not to {worker_id}: "
+            "stop working on it"
+        )
+
+
+def _check_running(attempt: Attempt) -> None:
+    if attempt.status is not AttemptStatus.RUNNING:
+        raise Conflict(f"attempt {attempt.id} has ended as {attempt.status}: stop working on it")
+
+
+def _end(
+    connection: sa.Connection,
+    changes: Changes,
+    attempt: Attempt,
+    status: AttemptStatus,
+    error: str | None,
+    now_ns: int,
+) -> None:
+    connection.execute(
+        attempts.update()
+        .where(attempts.c.id == attempt.id)
+        .values(status=str(status), ended_ns=now_ns, error=None if error is None else shorten(error))
+    )
+    drop_attempt_keys(connection, changes, [attempt.id])
+    query = sa.select(rollouts).where(rollouts.c.id == attempt.rollout_id)
+    rollout = connection.execute(query).mappings().one()
+    if rollout["status"] == RolloutStatus.RUNNING:
+        _move_on(connection, changes, rollout, status, now_ns)
+
+
+def _move_on(
+    connection: sa.Connection, changes: Changes, rollout: Row, status: AttemptStatus, now_ns: int
+) -> None:
+    failures = rollout["failures"] + (status not in (AttemptStatus.SUCCEEDED, AttemptStatus.CANCELLED))
+    values: dict[str, Any] = {"failures": failures}
+    if status is AttemptStatus.SUCCEEDED:
+        values |= {"status": str(RolloutStatus.SUCCEEDED), "ended_ns": now_ns}
+    elif status is AttemptStatus.CANCELLED:
+        values |= {"status": str(RolloutStatus.QUEUED), "available_ns": 0}
+    elif failures < rollout["max_attempts"] and rollout["mode"] != Mode.LIVE:
+        delay_ns = int(retry_delay_s(failures, random.random()) * 1e9)
+        values |= {"status": str(RolloutStatus.QUEUED), "available_ns": now_ns + delay_ns}
+    else:
+        values |= {"status": str(RolloutStatus.FAILED), "ended_ns": now_ns}
+    connection.execute(rollouts.update().where(rollouts.c.id == rollout["id"]).values(values))
+    if values.get("ended_ns"):
+        changes.final_rollouts.add(rollout["id"])
+    else:
+        changes.work = True
+
+
+def shorten(error: str) -> str:
+    """An error that fits: the end of a traceback says more than its middle."""
+    if len(error) <= MAX_ERROR_CHARS:
+        return error
+    half = MAX_ERROR_CHARS // 2
+    return f"{error[:half]}\n... {len(error) - MAX_ERROR_CHARS} characters left out ...\n{error[-half:]}"
