@@ -57,12 +57,10 @@ class Tracer(Protocol):
     ) -> SpanHandle:
         """Start a span under `parent`, or a new trace without one. Times are Unix nanoseconds.
 
+        `scope` names the instrumentation and begins with "agentlightning".
+
         The span carries the ids of the running rollout, when there is one.
         """
-        ...
-
-    def ambient(self) -> SpanRef | None:
-        """The application's own span around the running code, where this tracer can see one."""
         ...
 
     @property
@@ -72,7 +70,7 @@ class Tracer(Protocol):
 
     @property
     def dropped(self) -> int:
-        """Spans given up so far: the queue was full or the server refused them."""
+        """Spans given up so far: the queue was full, or the server refused them or stayed away."""
         ...
 
     def flush(self, timeout_s: float = 5.0) -> bool:
@@ -124,9 +122,6 @@ class NoTracer:
         scope: str = SCOPE,
     ) -> SpanHandle:
         return _NO_SPAN
-
-    def ambient(self) -> SpanRef | None:
-        return None
 
     def flush(self, timeout_s: float = 5.0) -> bool:
         return True
