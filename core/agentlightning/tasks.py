@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from agentlightning.errors import InvalidTaskFile
-from agentlightning.types import Task
+from agentlightning.types import Json, Task
 
 
 def load_tasks(path: Path, *, split: str = "train") -> list[Task]:
@@ -37,7 +37,7 @@ def _task(path: Path, number: int, line: str, split: str) -> Task:
         raise InvalidTaskFile(f"{path}, line {number} is not JSON: {error}") from error
     fallback = f"{path.stem}-{number}"
     if not isinstance(value, Mapping) or "input" not in value:
-        return Task(fallback, value, split)
+        return Task(fallback, cast("Json", value), split)
     fields = cast("Mapping[str, Any]", value)
     task_id, own_split = fields.get("id", fallback), fields.get("split", split)
     if not isinstance(task_id, str | int) or not isinstance(own_split, str):

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from agentlightning import semconv
-from agentlightning.messages import messages_from_parts
+from agentlightning.messages import messages_from_json
 from agentlightning.reading import attributes as read
 from agentlightning.types import (
     AgentRun,
+    Attributes,
     Json,
     JsonObject,
     LLMCall,
@@ -90,7 +91,7 @@ def _with_agent(tool: ToolCall, names: Mapping[str, str], parents: Mapping[str, 
 
 def _llm_call(span: Span) -> LLMCall:
     a = span.attributes
-    output = messages_from_parts(read.parsed(a, semconv.OUTPUT_MESSAGES))
+    output = _messages(a, semconv.OUTPUT_MESSAGES)
     is_gateway = span.scope == semconv.SCOPE_GATEWAY
     temperature = read.number(a, semconv.REQUEST_TEMPERATURE)
     return LLMCall(
@@ -99,7 +100,7 @@ def _llm_call(span: Span) -> LLMCall:
         parent_id=span.parent_id,
         start_ns=span.start_ns,
         end_ns=span.end_ns,
-        messages=messages_from_parts(read.parsed(a, semconv.INPUT_MESSAGES)),
+        messages=_messages(a, semconv.INPUT_MESSAGES),
         output=output[0] if output else None,
         tools=_tool_definitions(read.parsed(a, semconv.TOOL_DEFINITIONS)),
         agent_name=read.text(a, semconv.AGENT_NAME),
@@ -118,6 +119,14 @@ def _llm_call(span: Span) -> LLMCall:
         error=_error(span),
         malformed_tool_call=read.text(a, semconv.MALFORMED_TOOL_CALL),
     )
+
+
+def _messages(attributes: Attributes, name: str) -> Sequence[Message]:
+    """Chat messages of an attribute; none when it is absent or no JSON."""
+    try:
+        return messages_from_json(read.text(attributes, name) or "[]")
+    except ValueError:
+        return []
 
 
 def _tool_call(span: Span) -> ToolCall:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agentlightning.messages import messages_to_parts
+from agentlightning.messages import messages_to_json, output_to_json
 
 from agentlightning import semconv
 from agentlightning.reading.attributes import pack_logprobs, pack_token_ids
@@ -65,7 +65,7 @@ def answer_span(
     """The span of one sampled answer, token ids and logprobs included."""
     completion = choice.completion
     attributes = _request_attributes(request) | {
-        semconv.OUTPUT_MESSAGES: json.dumps(messages_to_parts([choice.message]), ensure_ascii=False),
+        semconv.OUTPUT_MESSAGES: output_to_json(choice.message, choice.finish_reason),
         semconv.RESPONSE_ID: served.response_id,
         semconv.RESPONSE_MODEL: served.policy,
         semconv.RESPONSE_FINISH_REASONS: [choice.finish_reason],
@@ -101,7 +101,7 @@ def _request_attributes(request: ChatRequest) -> dict[str, AttributeValue]:
         semconv.REQUEST_TEMPERATURE: request.temperature,
         semconv.REQUEST_TOP_P: request.top_p,
         semconv.REQUEST_STREAM: request.stream,
-        semconv.INPUT_MESSAGES: json.dumps(messages_to_parts(request.messages), ensure_ascii=False),
+        semconv.INPUT_MESSAGES: messages_to_json(request.messages),
     }
     optional: dict[str, Any] = {
         semconv.REQUEST_MAX_TOKENS: request.max_tokens,

@@ -127,7 +127,7 @@ def _check_tool_calls(calls: Any, position: int) -> None:
 
 
 def _objects(fields: Mapping[str, Any], name: str) -> list[JsonObject]:
-    value = fields.get(name) or []
+    value = cast("Any", fields.get(name) or [])
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in cast("list[Any]", value)):
         raise InvalidInput(f"'{name}' must be an array of objects")
     return cast("list[JsonObject]", value)

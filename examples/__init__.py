@@ -1,0 +1,1 @@
+"""Examples: existing agents that learn."""

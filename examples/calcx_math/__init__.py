@@ -1,0 +1,1 @@
+"""Calc-X: an AutoGen agent learns to use its calculator."""
