@@ -1,0 +1,127 @@
+"""The one patch of the OpenAI SDK: a request to our server says to which rollout and span it belongs.
+
+It wraps `_prepare_options`, the SDK's own hook for mutating a request, on the sync and async clients (openai
+2.45 to 3.x); that covers streams, `.parse()` and every framework which calls the SDK. Frameworks pass no
+per-request headers, and what their events carry of a response is too little to find it again (no id in
+LangChain's and AutoGen's streams), hence a patch.
+
+Invariant: our headers go to the origin of the active rollout's base URL or of the configured server, never to
+another host; a request is sent even where this fails.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from agentlightning import semconv
+from agentlightning.context import current_rollout, open_span
+from agentlightning.tracing.guard import record_failure
+from agentlightning.tracing.process import server_url
+
+TRACEPARENT: Final = "traceparent"
+_HOOK: Final = "_prepare_options"
+_DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+
+_owners: Final[set[str]] = set()
+_patched: Final[list[tuple[type, Callable[..., Any], Callable[..., Any]]]] = []
+
+
+def install(owner: str = "agentlightning") -> bool:
+    """Patch the SDK; False when it is not installed. `owner` is who asks: several may, independently."""
+    try:
+        import openai  # pyright: ignore[reportUnusedImport]  # noqa: F401
+    except ImportError:
+        return False
+    return install_if_loaded(owner)
+
+
+def install_if_loaded(owner: str = "agentlightning") -> bool:
+    """Like `install`, for callers that must not pay for importing an SDK which the agent does not use."""
+    openai = sys.modules.get("openai")
+    base = sys.modules.get("openai._base_client")
+    if openai is None or base is None:
+        return False
+    _owners.add(owner)
+    if not _patched:
+        _patch(base.SyncAPIClient, _sync_hook)
+        _patch(openai.OpenAI, _sync_hook)
+        _patch(base.AsyncAPIClient, _async_hook)
+        _patch(openai.AsyncOpenAI, _async_hook)
+    return True
+
+
+def uninstall(owner: str = "agentlightning") -> None:
+    """Take the patch back once nobody who installed it needs it any more."""
+    _owners.discard(owner)
+    if _owners:
+        return
+    while _patched:
+        client, original, ours = _patched.pop()
+        if client.__dict__.get(_HOOK) is ours:  # else somebody has wrapped it since: leave their chain whole
+            setattr(client, _HOOK, original)
+
+
+def _patch(client: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    original = client.__dict__.get(_HOOK)
+    if original is None:  # inherited: the base class is patched
+        return
+    ours = make(original)
+    setattr(client, _HOOK, ours)
+    _patched.append((client, original, ours))
+
+
+def _sync_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def prepare(self: Any, options: Any, *args: Any, **kwargs: Any) -> Any:
+        return _with_headers(self, original(self, options, *args, **kwargs))
+
+    return prepare
+
+
+def _async_hook(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    @functools.wraps(original)
+    async def prepare(self: Any, options: Any, *args: Any, **kwargs: Any) -> Any:
+        return _with_headers(self, await original(self, options, *args, **kwargs))
+
+    return prepare
+
+
+def _with_headers(client: Any, options: Any) -> Any:
+    """The request options with our headers, where they go to our server."""
+    try:
+        ours = request_headers(str(client._prepare_url(options.url))) if _owners else {}
+        if ours:
+            given: Any = options.headers
+            theirs = given if hasattr(given, "keys") else {}  # else the SDK's "not given"
+            options = options.model_copy(update={"headers": {**theirs, **ours}})
+    except Exception as error:
+        record_failure("agentlightning.openai_sdk", error)
+    return options
+
+
+def request_headers(url: str) -> dict[str, str]:
+    """Our headers for a request to this URL: none unless it goes to our server."""
+    active = current_rollout()
+    span = open_span()
+    if active is None and span is None:
+        return {}
+    target = _origin(url)
+    if target not in (_origin(active.base_url if active else ""), _origin(server_url())) or not target:
+        return {}
+    headers = {} if span is None else {TRACEPARENT: span.traceparent}
+    if active is not None:
+        headers[semconv.HEADER_ROLLOUT] = active.rollout_id
+        headers[semconv.HEADER_ATTEMPT] = active.attempt_id
+    return headers
+
+
+@functools.lru_cache(maxsize=64)
+def _origin(url: str) -> tuple[str, str, int | None] | None:
+    if not url:
+        return None
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname or "", parts.port or _DEFAULT_PORTS.get(parts.scheme)

@@ -1,0 +1,88 @@
+"""A real HTTP server that takes OTLP/HTTP as JSON and protobuf, for tests of the tracers and adapters."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import threading
+from collections import deque
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from agentlightning.otlp import spans_from_request
+from agentlightning.types import Span
+
+
+class SpanReceiver:
+    """Collects spans; answers with the statuses in `answers` first, then with 200."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+        self.headers: list[dict[str, str]] = []
+        self.answers: deque[tuple[int, bytes]] = deque()
+        self.hold = threading.Event()
+        self.hold.set()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> SpanReceiver:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hold.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def take(self, path: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
+        self.hold.wait(30)
+        self.headers.append({**headers, ":path": path})
+        if self.answers:
+            status, answer = self.answers.popleft()
+            if status != 200:
+                return status, answer
+        else:
+            answer = b"{}"
+        if headers.get("content-encoding") == "gzip":
+            body = gzip.decompress(body)
+        is_json = headers.get("content-type", "").startswith("application/json")
+        self.spans.extend(spans_from_request(json.loads(body) if is_json else _protobuf_as_json(body)))
+        return 200, answer if is_json else b""
+
+
+def _protobuf_as_json(body: bytes) -> object:
+    """The protobuf request in OTLP/JSON, which writes ids as hex where protobuf's own JSON has base64."""
+    request = ExportTraceServiceRequest.FromString(body)
+    tree: Any = MessageToDict(request)
+    for group in tree.get("resourceSpans", []):
+        for scope in group.get("scopeSpans", []):
+            for span in scope.get("spans", []):
+                for item in [span, *span.get("links", [])]:
+                    for key in ("traceId", "spanId", "parentSpanId"):
+                        if key in item:
+                            item[key] = base64.b64decode(item[key]).hex()
+    return tree
+
+
+def _handler(receiver: SpanReceiver) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            headers = {key.lower(): value for key, value in self.headers.items()}
+            status, answer = receiver.take(self.path, headers, body)
+            self.send_response(status)
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    return Handler
