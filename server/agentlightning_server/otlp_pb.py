@@ -302,6 +302,9 @@ def span_from_row(row: Mapping[str, object]) -> Span:
     resource, scope = _decode_head(head)
     message = pb.Span.FromString(body)
     rollout_id, attempt_id = row["rollout_id"], row["attempt_id"]
+    attributes = _attributes(message.attributes)
+    for identity in (semconv.ROLLOUT_ID, semconv.ATTEMPT_ID):  # fields of the span, as in OTLP/JSON
+        attributes.pop(identity, None)
     return Span(
         trace_id=message.trace_id.hex(),
         span_id=message.span_id.hex(),
@@ -312,7 +315,7 @@ def span_from_row(row: Mapping[str, object]) -> Span:
         end_ns=message.end_time_unix_nano,
         status=_STATUSES[message.status.code] if message.status.code < len(_STATUSES) else SpanStatus.UNSET,
         status_message=message.status.message,
-        attributes=_attributes(message.attributes),
+        attributes=attributes,
         events=tuple(
             SpanEvent(event.name, event.time_unix_nano, _attributes(event.attributes))
             for event in message.events

@@ -184,7 +184,7 @@ def chunks(ids: Sequence[str]) -> Iterable[Sequence[str]]:
 
 
 def reward_span(rollout_id: str, attempt_id: str, reward: Reward) -> SpanRow:
-    """A reward as it is stored: a span whose ids follow from its content, so that sending it twice is harmless.
+    """A reward as it is stored: a span whose ids follow from its content, so sending it twice is harmless.
 
     The trace of a live rollout is the one it is named after; other rewards get a trace of their own, since a
     rollout may span several.
