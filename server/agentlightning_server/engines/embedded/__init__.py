@@ -1,1 +1,31 @@
-"""Embedded engine."""
+"""The embedded engine: a transformers model served and trained inside the server's process.
+
+    settings   every knob                         worker     the one thread that computes
+    loading    find and load a model              decoding   continuous batching over
+    policy     the weights, trained and served      cache      stored keys and values, with
+    updates    one optimiser update over              attention  the hook into transformers,
+      packing    prefix trees, and                    placement  shared prefixes, and
+      losses     the clipped policy loss              sampling   draws
+    checkpoint exact resume, export               tiny       a random little model for tests
+
+Only here may torch be imported at module level; this very module does not, so that names resolve cheaply.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engine import EmbeddedEngine
+    from .settings import DEFAULT_MODEL, EmbeddedSettings
+
+__all__ = ["DEFAULT_MODEL", "EmbeddedEngine", "EmbeddedSettings"]
+
+_HOMES = {"EmbeddedEngine": "engine", "DEFAULT_MODEL": "settings", "EmbeddedSettings": "settings"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

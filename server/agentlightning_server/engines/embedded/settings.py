@@ -1,0 +1,79 @@
+"""Every knob of the embedded engine, in one frozen dataclass. Importing this does not import torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from agentlightning.errors import InvalidInput
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+ComputeType = Literal["auto", "float32", "bfloat16"]
+KLEstimator = Literal["k1", "k2", "k3"]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedSettings:
+    """What to serve and how to train it. The defaults suit a 100-million-parameter model on a laptop."""
+
+    model: str = DEFAULT_MODEL
+    """A local Hugging Face folder or a hub id."""
+    policy: str = "policy"
+    """Name under which the trained model is asked for."""
+    device: str = "auto"
+    """"cpu", "cuda", ...; "auto" takes a GPU when there is one."""
+    compute: ComputeType = "auto"
+    """Number format of matrix products; weights are always kept in float32. "auto" takes bfloat16 on a GPU
+    and on CPUs where a short measurement at start finds it at least `loading.BF16_MIN_SPEEDUP` times faster
+    (on CPUs without the instructions bfloat16 is several times slower), else float32."""
+    threads: int | None = None
+    """Threads of a CPU's matrix products; None leaves torch's choice, the number of cores."""
+    seed: int = 0
+    """Seeds the sampling of requests that bring no seed, and the initial LoRA weights."""
+
+    context_length: int = 4096
+    """Most tokens of prompt and response together; the model's own limit where that is smaller."""
+    slots: int = 64
+    """Most completions decoded at the same time; further ones wait in the queue."""
+    cache_tokens: int = 65_536
+    """Most tokens whose keys and values the slots hold together, shared prefixes aside (46 KB each on
+    SmolLM2-135M in float32). Memory grows as it is needed; long requests run fewer at a time."""
+    queue_size: int = 1024
+    """Requests that may wait for a slot before callers are told to come back later."""
+    gather_s: float = 0.003
+    """How long an idle engine waits after the first request for others that arrive with it."""
+    prefill_tokens: int = 1024
+    """Prompt tokens computed in one forward pass."""
+
+    lora_rank: int = 0
+    """Rank of the trained low-rank adapter on all linear layers; 0 trains the full weights."""
+    lora_alpha: float | None = None
+    """Scale of the adapter; None is twice the rank."""
+    learning_rate: float = 1e-5
+    warmup_updates: int = 0
+    """Updates over which the learning rate rises linearly to its value."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float = 3.0
+    """Bound on the loss of a token with a negative advantage, in units of its advantage."""
+    kl_coefficient: float = 0.0
+    """Weight of a penalty on leaving the base model; above 0 on full weights this keeps a second copy."""
+    kl_estimator: KLEstimator = "k3"
+    pack_tokens: int = 1024
+    """Tokens of one training forward and backward pass, a shared prefix aside; bounds its memory."""
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "context_length", "queue_size", "prefill_tokens", "pack_tokens"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.cache_tokens < self.context_length:
+            raise InvalidInput(
+                f"cache_tokens ({self.cache_tokens}) must hold at least one request of context_length "
+                f"({self.context_length}) tokens: raise it or lower context_length"
+            )
+        if self.lora_rank < 0:
+            raise InvalidInput(f"lora_rank must be 0 (full weights) or positive, got {self.lora_rank}")
