@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from agentlightning.errors import InvalidInput, NothingToLearn
@@ -132,27 +132,8 @@ class TrainerBridge:
         return Collected(episodes, list(ended), problems)
 
     def batch(self, episodes: Sequence[Episode]) -> Batch:
-        """Select, assign credit, compare within groups, pack. Raises NothingToLearn for an empty batch."""
-        learning = self.learning
-        if learning.select is not None:
-            chosen = [select(episode, learning.select) for episode in episodes]
-        else:
-            chosen = [select(episode, lambda t: t.policy == learning.policy) for episode in episodes]
-        if learning.select is not None and not any(e.transitions for e in chosen):
-            agents = sorted({str(t.agent_name) for e in episodes for t in e.transitions})
-            raise NothingToLearn(
-                f"the agent selector matched no call; agents seen: {', '.join(agents) or 'none'}"
-            )
-        usable = [e for e in chosen if e.transitions and e.final_reward is not None]
-        returns = [learning.credit(e) for e in usable]
-        advantages = group_advantages(returns, [e.group_id for e in usable], learning.estimator)
-        return build_batch(
-            usable,
-            advantages,
-            policy=learning.policy,
-            normalise=learning.normalisation,
-            merge=learning.merge,
-        )
+        """`make_batch` with this run's settings."""
+        return make_batch(episodes, self.learning)
 
     def _rollouts(
         self,
@@ -219,6 +200,26 @@ class TrainerBridge:
         return apply_air(episode, self.learning.air) if self.learning.air else episode
 
 
+def make_batch(episodes: Sequence[Episode], learning: LearningSettings) -> Batch:
+    """Select, assign credit, compare within groups, pack.
+
+    Episodes without a final reward are left out. Raises NothingToLearn for an empty batch or a selector that
+    matches no call.
+    """
+    own = [select(e, lambda t: t.policy == learning.policy) for e in episodes]
+    chosen = own if learning.select is None else [select(e, learning.select) for e in own]
+    if any(e.transitions for e in own) and not any(e.transitions for e in chosen):
+        agents = sorted({str(t.agent_name) for e in own for t in e.transitions})
+        raise NothingToLearn(f"the agent selector matches no call; agents seen: {', '.join(agents)}")
+    usable = [e for e in chosen if e.transitions and e.final_reward is not None]
+    advantages = group_advantages(
+        [learning.credit(e) for e in usable], [e.group_id for e in usable], learning.estimator
+    )
+    return build_batch(
+        usable, advantages, policy=learning.policy, normalise=learning.normalisation, merge=learning.merge
+    )
+
+
 def deciding_attempt(attempts: Sequence[Attempt]) -> Attempt | None:
     """The attempt that counts: the one that succeeded, else the latest; None when there was none."""
     good = [a for a in attempts if a.status is AttemptStatus.SUCCEEDED]
@@ -233,16 +234,6 @@ def learnable_groups(episodes: Sequence[Episode], credit: Credit = identical) ->
             groups.setdefault(episode.group_id, []).append(float(credit(episode).mean()))
     mixed = sum(1 for returns in groups.values() if max(returns) - min(returns) > FLAT)
     return mixed, len(groups)
-
-
-def without_messages(episode: Episode) -> Episode:
-    """The episode without chat messages: what training needs, at a fraction of the memory."""
-    return replace(
-        episode,
-        transitions=[replace(t, messages=(), output=None) for t in episode.transitions],
-        calls=(),
-        agent_runs=(),
-    )
 
 
 def _last_line(error: str | None) -> str | None:

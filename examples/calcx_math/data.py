@@ -79,11 +79,8 @@ def _fetch(name: str) -> tuple[str, str]:
 def _svamp(held_out: int, *, one_step: bool) -> Problems:
     text, source = _fetch("svamp.json")
     tasks = [_svamp_task(row) for row in json.loads(text)]
-    if one_step:
-        tasks = [task for task, steps in tasks if steps == 1]
-    else:
-        tasks = [task for task, _ in tasks]
-    train, test = split_by_story(tasks, held_out)
+    chosen = [task for task, steps in tasks if steps == 1 or not one_step]
+    train, test = split_by_story(chosen, held_out)
     return Problems(train, test, f"SVAMP, {source}")
 
 

@@ -51,9 +51,7 @@ def same_number(found: Fraction, wanted: Fraction) -> bool:
 
 def number_in(text: str) -> Fraction | None:
     """The last number of a text, None without one."""
-    last: re.Match[str] | None = None
-    for last in _NUMBER.finditer(text):
-        pass
+    last = max(_NUMBER.finditer(text), key=lambda match: match.start(), default=None)
     if last is None or len(last.group()) > MAX_DIGITS:
         return None
     value = _read(last)

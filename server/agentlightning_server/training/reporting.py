@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from agentlightning.types import Episode
 
@@ -85,7 +85,14 @@ class MetricsFile:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(self._path)
 
-    def read(self) -> list[dict[str, object]]:
+    def evaluation(self, step: int) -> EvalRecord | None:
+        """The evaluation after `step` updates, if it was written."""
+        for row in self.read():
+            if row.pop("kind") == "eval" and row["step"] == step:
+                return EvalRecord(**row)
+        return None
+
+    def read(self) -> list[dict[str, Any]]:
         if not self._path.exists():
             return []
         return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]

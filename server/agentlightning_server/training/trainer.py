@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,6 +85,8 @@ class Trainer:
         self._bridge = TrainerBridge(service, settings.run_id, settings.learning)
         settings.output.mkdir(parents=True, exist_ok=True)
         self._metrics = MetricsFile(settings.output / "metrics.jsonl")
+        self.watch: Callable[[], None] = lambda: None
+        """Called about once a second while rollouts run; raises to end the run (a dead runner, say)."""
 
     def run(self, train: Sequence[Task], held_out: Sequence[Task] = ()) -> TrainResult:
         """Train from the last checkpoint, if there is one, to the last step.
@@ -95,7 +98,7 @@ class Trainer:
             raise InvalidInput("there are no training tasks")
         start, checkpoint = self._resume()
         records: list[StepRecord] = []
-        before = self.evaluate(held_out, 0) if held_out and start == 0 else None
+        before = self.evaluate(held_out, 0) if held_out and start == 0 else self._metrics.evaluation(0)
         latest = before
         for step in range(start, settings.steps):
             records.append(self._step(train, step))
@@ -173,8 +176,13 @@ class Trainer:
             version=self._version,
             limits=self._settings.limits,
             timeout_s=self._settings.step_timeout_s,
-            on_progress=self._reporter.rollouts,
+            on_progress=self._progressed,
         )
+
+    def _progressed(self, done: int, total: int) -> None:
+        self._reporter.rollouts(done, total)
+        if done < total:
+            self.watch()
 
     def _evaluates_after(self, done: int) -> bool:
         every = self._settings.eval_every
@@ -188,6 +196,9 @@ class Trainer:
         temporary = state.with_suffix(".tmp")
         temporary.write_text(json.dumps({"step": done, "checkpoint": folder.name}), encoding="utf-8")
         temporary.replace(state)
+        for old in folder.parent.glob("step-*"):
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)
         return folder
 
     def _resume(self) -> tuple[int, Path | None]:

@@ -1,0 +1,294 @@
+"""The commands of `agl`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from agentlightning._version import __version__
+from agentlightning.bridge import LearningSettings
+from agentlightning.client import LightningClient
+from agentlightning.doctor import Finding, Level, Recorded, diagnose, gather
+from agentlightning.errors import InvalidInput
+from agentlightning.learning import AIR, CREDIT, Estimator, select_agents
+from agentlightning.runner import run_worker
+from agentlightning.tasks import load_tasks
+from agentlightning.types import Limits, Task
+from agentlightning_server.cli.progress import ProgressReporter
+from agentlightning_server.engines.embedded.settings import DEFAULT_MODEL, EmbeddedSettings
+from agentlightning_server.settings import Settings
+from agentlightning_server.store import Store
+from agentlightning_server.training.local import (
+    LocalServer,
+    RunnerSettings,
+    load_engine,
+    local_server,
+    train_locally,
+)
+from agentlightning_server.training.trainer import TrainResult, TrainSettings
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Agent Lightning: existing agents learn from their own traces.",
+)
+console = Console(stderr=True)
+
+AgentArgument = Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="Function that runs one task.")]
+TasksOption = Annotated[Path, typer.Option("--tasks", help="JSONL file, one task a line.")]
+ModelOption = Annotated[str, typer.Option(help="Hugging Face folder or hub id.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")]
+ConcurrencyOption = Annotated[int, typer.Option(min=1, help="Attempts at the same time.")]
+TracerOption = Annotated[str, typer.Option(help="otel or light.")]
+HostOption = Annotated[str, typer.Option(help="Address to listen on; beyond loopback needs --admin-key.")]
+PortOption = Annotated[int, typer.Option(help="Port to listen on; 0 takes any.")]
+AdminKeyOption = Annotated[
+    str | None,
+    typer.Option(envvar="AGENTLIGHTNING_ADMIN_KEY", help="Key of the server; made when not given."),
+]
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Options of all commands."""
+
+
+@app.command()
+def serve(
+    model: ModelOption = DEFAULT_MODEL,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8700,
+    admin_key: AdminKeyOption = None,
+    data: Annotated[Path, typer.Option(help="Folder of the database and the key.")] = Path("runs/serve"),
+    policy: Annotated[str, typer.Option(help="Name the model is served under.")] = "policy",
+    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint of a run to serve.")] = None,
+) -> None:
+    """Serve a policy to agents and store their traces, until interrupted."""
+    settings = Settings(
+        host=host, port=port, admin_key=admin_key, database=data / "store.db", model=policy
+    ).with_admin_key()
+    engine = load_engine(EmbeddedSettings(model=model, policy=policy))
+    if checkpoint is not None:
+        engine.load(checkpoint)
+    with local_server(engine, settings) as server:
+        _announce(server)
+        _wait_for_signal()
+
+
+@app.command()
+def train(
+    agent: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODULE:FUNCTION]", help="Function that runs one task; none: runners elsewhere."
+        ),
+    ] = None,
+    tasks: TasksOption = ...,  # type: ignore[assignment]  # pyright: ignore[reportArgumentType]
+    val: Annotated[Path | None, typer.Option(help="JSONL file of held-out tasks.")] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    output: Annotated[Path, typer.Option(help="Folder of the run; an existing run is resumed.")] = Path(
+        "runs/train"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Policy updates.")] = 10,
+    tasks_per_step: Annotated[int, typer.Option(min=1)] = 8,
+    group_size: Annotated[int, typer.Option(min=2, help="Rollouts per task, compared with each other.")] = 8,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 1e-5,
+    lora_rank: Annotated[int, typer.Option(min=0, help="0 trains the full weights.")] = 0,
+    estimator: Annotated[Estimator, typer.Option(help="Group baseline.")] = Estimator.GRPO,
+    credit: Annotated[str, typer.Option(help=f"Credit assignment: {', '.join(CREDIT)}.")] = "identical",
+    air: Annotated[bool, typer.Option(help="Automatic intermediate rewards from tool outcomes.")] = True,
+    agents: Annotated[
+        list[str] | None, typer.Option("--agent", help="Train only these agents (name or node path, glob).")
+    ] = None,
+    seed: int = 0,
+    eval_every: Annotated[int, typer.Option(min=0)] = 0,
+    checkpoint_every: Annotated[int, typer.Option(min=1)] = 5,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds one attempt may take.")] = 600.0,
+    concurrency: ConcurrencyOption = 16,
+    tracer: TracerOption = "otel",
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 0,
+    admin_key: AdminKeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the policy behind an agent with reinforcement learning."""
+    if credit not in CREDIT:
+        raise InvalidInput(f"unknown credit assignment '{credit}'; choose from {', '.join(CREDIT)}")
+    learning = LearningSettings(
+        air=AIR() if air else None,
+        select=select_agents(*agents) if agents else None,
+        credit=CREDIT[credit],
+        estimator=estimator,
+    )
+    training = TrainSettings(
+        run_id=output.resolve().name,
+        output=output,
+        steps=steps,
+        tasks_per_step=tasks_per_step,
+        group_size=group_size,
+        seed=seed,
+        eval_every=eval_every,
+        checkpoint_every=checkpoint_every,
+        learning=learning,
+        limits=Limits(start_to_close_s=timeout),
+    )
+    engine = EmbeddedSettings(model=model, learning_rate=learning_rate, lora_rank=lora_rank, seed=seed)
+    server = Settings(host=host, port=port, admin_key=admin_key)
+    runner = RunnerSettings(agent, concurrency, tracer) if agent else None
+    _run(runner, training, engine, server, load_tasks(tasks), _held_out(val), as_json)
+
+
+@app.command(name="eval")
+def evaluate(
+    agent: AgentArgument,
+    tasks: TasksOption,
+    model: ModelOption = DEFAULT_MODEL,
+    output: Annotated[Path, typer.Option(help="Folder of the evaluation.")] = Path("runs/eval"),
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds one attempt may take.")] = 600.0,
+    concurrency: ConcurrencyOption = 16,
+    tracer: TracerOption = "otel",
+    as_json: JsonOption = False,
+) -> None:
+    """Run an agent on held-out tasks and print its mean reward with a 95 % interval."""
+    training = TrainSettings(
+        run_id=output.resolve().name, output=output, steps=0, limits=Limits(start_to_close_s=timeout)
+    )
+    runner = RunnerSettings(agent, concurrency, tracer)
+    held_out = load_tasks(tasks, split="val")
+    _run(runner, training, EmbeddedSettings(model=model), Settings(port=0), [], held_out, as_json)
+
+
+@app.command()
+def run(
+    agent: AgentArgument,
+    server: Annotated[str, typer.Option(envvar="AGENTLIGHTNING_URL", help="URL of the server.")],
+    key: Annotated[str, typer.Option(envvar="AGENTLIGHTNING_KEY", help="Runner or admin key.")],
+    concurrency: ConcurrencyOption = 16,
+    tracer: TracerOption = "otel",
+) -> None:
+    """Lease rollouts from a server and run the agent on them, until interrupted."""
+    raise typer.Exit(run_worker(agent, server=server, key=key, concurrency=concurrency, tracer=tracer))
+
+
+@app.command()
+def doctor(
+    run_folder: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Folder of a run.")] = None,
+    server: Annotated[str | None, typer.Option(help="URL of a live server instead.")] = None,
+    key: Annotated[str | None, typer.Option(envvar="AGENTLIGHTNING_KEY")] = None,
+    agents: Annotated[list[str] | None, typer.Option("--agent", help="Agents meant to train.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check stored rollouts from span to batch, and say what stands in the way of learning."""
+    learning = LearningSettings(air=AIR(), select=select_agents(*agents) if agents else None)
+    findings = diagnose(_recorded(run_folder, server, key), learning)
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings]))
+    else:
+        for finding in findings:
+            _show(finding)
+    raise typer.Exit(1 if any(f.level is Level.ERROR for f in findings) else 0)
+
+
+def _recorded(run_folder: Path | None, server: str | None, key: str | None) -> list[Recorded]:
+    if server is not None:
+        with LightningClient(server, key or "") as client:
+            return gather(client.rollouts(), client)
+    if run_folder is None:
+        raise InvalidInput("name the folder of a run, or a live server with --server")
+    database = run_folder / "store.db"
+    if not database.exists():
+        raise InvalidInput(f"{run_folder} holds no run: there is no store.db in it")
+    with Store(database) as store:
+        return gather(store.rollouts(), store)
+
+
+def _held_out(path: Path | None) -> list[Task]:
+    return load_tasks(path, split="val") if path is not None else []
+
+
+def _run(
+    runner: RunnerSettings | None,
+    training: TrainSettings,
+    engine: EmbeddedSettings,
+    server: Settings,
+    tasks: list[Task],
+    held_out: list[Task],
+    as_json: bool,
+) -> None:
+    with ProgressReporter(training.steps, console) as reporter:
+        result = train_locally(
+            runner,
+            training,
+            engine,
+            train=tasks,
+            held_out=held_out,
+            reporter=reporter,
+            server=server,
+            announce=None if runner else _announce,
+        )
+    if as_json:
+        typer.echo(json.dumps(_summary(result)))
+
+
+def _summary(result: TrainResult) -> dict[str, Any]:
+    evaluations = {"before": result.before, "after": result.after}
+    return {
+        "steps": len(result.steps),
+        "rewards": [round(record.reward, 4) for record in result.steps],
+        **{
+            name: None
+            if record is None
+            else {
+                "reward": round(record.reward, 4),
+                "stderr": round(record.stderr, 4),
+                "tool_calls": round(record.tool_calls, 4),
+                "held_out": record.held_out,
+            }
+            for name, record in evaluations.items()
+        },
+        "checkpoint": str(result.checkpoint) if result.checkpoint else None,
+    }
+
+
+def _announce(server: LocalServer) -> None:
+    console.print(f"serving {server.engine.base_model} at {server.url}/v1", highlight=False)
+    console.print(
+        f"  export AGENTLIGHTNING_URL={server.url} AGENTLIGHTNING_KEY={server.key}", highlight=False
+    )
+    console.print(
+        f"  export OPENAI_BASE_URL={server.url}/v1 OPENAI_API_KEY={server.key}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _wait_for_signal() -> None:
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    ended.wait()
+
+
+def _show(finding: Finding) -> None:
+    colour = {Level.OK: "green", Level.WARNING: "yellow", Level.ERROR: "red"}[finding.level]
+    out = Console()
+    out.print(f"[{colour}]{finding.level:>7}[/]  ", end="")
+    out.print(finding.what, highlight=False, markup=False)
+    if finding.remedy:
+        out.print(f"         -> {finding.remedy}", highlight=False, markup=False)

@@ -1,0 +1,29 @@
+"""`agl`: serve, train, eval, run, doctor. Each command is a thin layer over the Python API.
+
+Progress and messages go to standard error, results to standard output; with --json one line of JSON.
+Exit codes: 0 done, 1 an error with a sentence, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import sys
+
+HINT = "agl needs {name}. Install it with: pip install '.[server]' (or '.[train]' to train on this machine)"
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        from agentlightning_server.cli.commands import app
+    except ImportError as error:
+        if (error.name or "").startswith("agentlightning"):
+            raise
+        sys.exit(HINT.format(name=error.name))
+    from agentlightning.errors import AgentLightningError
+
+    try:
+        app()
+    except AgentLightningError as error:
+        sys.exit(f"agl: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

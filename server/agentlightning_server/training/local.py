@@ -1,0 +1,151 @@
+"""Everything on one machine: engine, store, gateway and server in this process, the runner in another.
+
+The same parts serve `agl serve` (no runner), `agl train` and `agl eval`; with `workers` set to 0 the runners
+are elsewhere and connect over HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from agentlightning.errors import AgentLightningError
+from agentlightning.types import Span, Task
+from agentlightning_server.app import create_app, serve_in_thread
+from agentlightning_server.engines.base import Engine
+from agentlightning_server.engines.embedded.settings import EmbeddedSettings
+from agentlightning_server.gateway import Gateway, GatewaySettings, gateway_routes
+from agentlightning_server.settings import Settings
+from agentlightning_server.store import Store
+from agentlightning_server.training.reporting import Reporter
+from agentlightning_server.training.trainer import Trainer, TrainResult, TrainSettings
+
+RUNNER_STOP_S = 15.0  # from SIGTERM to SIGKILL; the runner gives its attempts 10 s
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerSettings:
+    """The runner that is started beside the server."""
+
+    agent: str
+    """MODULE:FUNCTION of the function that runs one task."""
+    concurrency: int = 16
+    """Attempts at the same time, each in its own process."""
+    tracer: str = "otel"
+    """"otel" or "light"."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalServer:
+    """A server that is up, with what it is made of."""
+
+    url: str
+    key: str = field(repr=False)
+    """Admin key."""
+    store: Store
+    gateway: Gateway
+    engine: Engine
+
+
+@contextmanager
+def local_server(
+    engine: Engine, settings: Settings, gateway: GatewaySettings | None = None
+) -> Generator[LocalServer]:
+    """Serve an engine until the block ends; the engine is closed with it."""
+    settings = settings.with_admin_key()
+    with Store(settings.database, durability=settings.durability) as store:
+
+        async def record(spans: Sequence[Span]) -> None:
+            await asyncio.wrap_future(store.submit_spans(spans))
+
+        served = Gateway(engine, record, gateway)
+        app = create_app(store, gateway=gateway_routes(served), settings=settings)
+        server = serve_in_thread(app, settings.host, settings.port)
+        try:
+            yield LocalServer(server.url, settings.admin_key or "", store, served, engine)
+        finally:
+            engine.close()
+            server.stop()
+
+
+@contextmanager
+def local_runner(url: str, key: str, runner: RunnerSettings, log: Path) -> Generator[Callable[[], None]]:
+    """Run the agent in a process of its own; yields a check that raises when that process has died."""
+    command = [sys.executable, "-m", "agentlightning.runner", runner.agent, "--server", url]
+    command += ["--concurrency", str(runner.concurrency), "--tracer", runner.tracer]
+    path = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    environment = {**os.environ, "AGENTLIGHTNING_KEY": key, "PYTHONPATH": path}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def check() -> None:
+        if process.poll() is not None:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
+            raise AgentLightningError(
+                f"the runner of {runner.agent} ended with exit code {process.returncode}; "
+                f"the end of its log {log}:\n{tail}"
+            )
+
+    try:
+        yield check
+    finally:
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(RUNNER_STOP_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def load_engine(settings: EmbeddedSettings) -> Engine:
+    """The embedded engine. Raises AgentLightningError naming the extra when torch is not installed."""
+    try:
+        from agentlightning_server.engines.embedded.engine import EmbeddedEngine
+    except ImportError as error:
+        raise AgentLightningError(
+            f"the embedded engine needs {error.name}. Install it with: pip install '.[train]'"
+        ) from error
+    return EmbeddedEngine(settings)
+
+
+def train_locally(
+    runner: RunnerSettings | None,
+    training: TrainSettings,
+    engine: EmbeddedSettings,
+    *,
+    train: Sequence[Task],
+    held_out: Sequence[Task] = (),
+    reporter: Reporter | None = None,
+    server: Settings | None = None,
+    announce: Callable[[LocalServer], None] | None = None,
+) -> TrainResult:
+    """Train an agent's policy on this machine; without a `runner`, on runners that connect from elsewhere.
+
+    With `training.steps` 0 the held-out tasks are evaluated and nothing is trained.
+    """
+    training.output.mkdir(parents=True, exist_ok=True)
+    settings = replace(server or Settings(port=0), database=training.output / "store.db", model=engine.policy)
+    with local_server(load_engine(engine), settings) as running:
+        if announce is not None:
+            announce(running)
+        trainer = Trainer(running.engine, running.store, training, reporter)
+        if runner is None:
+            return trainer.run(train, held_out)
+        with local_runner(running.url, running.key, runner, training.output / "runner.log") as check:
+            trainer.watch = check
+            return trainer.run(train, held_out)
