@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import contextvars
 import os
-from collections.abc import Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 if TYPE_CHECKING:
     from agentlightning.tracing.base import Tracer
     from agentlightning.types import Reward
+
+T = TypeVar("T")
 
 ENV_URL: Final = "AGENTLIGHTNING_URL"
 ENV_KEY: Final = "AGENTLIGHTNING_KEY"
@@ -48,11 +50,14 @@ class ActiveRollout:
 class SpanRef:
     """Names a span, as the parent of what happens under it; `closed` once it has ended."""
 
-    __slots__ = ("closed", "span_id", "trace_id")
+    __slots__ = ("agent_name", "closed", "is_agent_run", "span_id", "trace_id")
 
     def __init__(self, trace_id: str, span_id: str) -> None:
         self.trace_id = trace_id
         self.span_id = span_id
+        self.agent_name: str | None = None
+        """The agent at work in it, for the spans under it."""
+        self.is_agent_run = False
         self.closed = False
 
     @property
@@ -131,3 +136,20 @@ def use_open_span(span: SpanRef) -> Generator[SpanRef]:
     finally:
         # Not `reset`: a generator that is closed by the garbage collector ends in another context.
         _open_span.set(before)
+
+
+async def stream_under(span: SpanRef, stream: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    """The stream, with the span open while it works and closed to its consumer in between."""
+    try:
+        while True:
+            before = _open_span.get()
+            _open_span.set(span)
+            try:
+                item = await anext(stream)
+            except StopAsyncIteration:
+                return
+            finally:
+                _open_span.set(before)
+            yield item
+    finally:
+        await stream.aclose()

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from agentlightning import semconv
 from agentlightning.context import current_rollout, open_span
 from agentlightning.tracing.guard import record_failure
+from agentlightning.tracing.patching import Patches
 from agentlightning.tracing.process import server_url
 
 TRACEPARENT: Final = "traceparent"
@@ -27,7 +28,7 @@ _HOOK: Final = "_prepare_options"
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 
 _owners: Final[set[str]] = set()
-_patched: Final[list[tuple[type, Callable[..., Any], Callable[..., Any]]]] = []
+_patches: Final = Patches()
 
 
 def install(owner: str = "agentlightning") -> bool:
@@ -46,32 +47,23 @@ def install_if_loaded(owner: str = "agentlightning") -> bool:
     if openai is None or base is None:
         return False
     _owners.add(owner)
-    if not _patched:
-        _patch(base.SyncAPIClient, _sync_hook)
-        _patch(openai.OpenAI, _sync_hook)
-        _patch(base.AsyncAPIClient, _async_hook)
-        _patch(openai.AsyncOpenAI, _async_hook)
+    if not _patches:
+        for client, hook in (
+            (base.SyncAPIClient, _sync_hook),
+            (openai.OpenAI, _sync_hook),
+            (base.AsyncAPIClient, _async_hook),
+            (openai.AsyncOpenAI, _async_hook),
+        ):
+            if _HOOK in client.__dict__:  # else inherited: the base class is patched
+                _patches.wrap(client, _HOOK, hook)
     return True
 
 
 def uninstall(owner: str = "agentlightning") -> None:
     """Take the patch back once nobody who installed it needs it any more."""
     _owners.discard(owner)
-    if _owners:
-        return
-    while _patched:
-        client, original, ours = _patched.pop()
-        if client.__dict__.get(_HOOK) is ours:  # else somebody has wrapped it since: leave their chain whole
-            setattr(client, _HOOK, original)
-
-
-def _patch(client: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    original = client.__dict__.get(_HOOK)
-    if original is None:  # inherited: the base class is patched
-        return
-    ours = make(original)
-    setattr(client, _HOOK, ours)
-    _patched.append((client, original, ours))
+    if not _owners:
+        _patches.undo()
 
 
 def _sync_hook(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,8 +88,8 @@ def _with_headers(client: Any, options: Any) -> Any:
         ours = request_headers(str(client._prepare_url(options.url))) if _owners else {}
         if ours:
             given: Any = options.headers
-            theirs = given if hasattr(given, "keys") else {}  # else the SDK's "not given"
-            options = options.model_copy(update={"headers": {**theirs, **ours}})
+            headers = {**given, **ours} if hasattr(given, "keys") else ours  # else the SDK's "not given"
+            options = options.model_copy(update={"headers": headers})
     except Exception as error:
         record_failure("agentlightning.openai_sdk", error)
     return options

@@ -8,7 +8,7 @@ import json
 import threading
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Self
 
 from google.protobuf.json_format import MessageToDict
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -31,7 +31,7 @@ class SpanReceiver:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
-    def __enter__(self) -> SpanReceiver:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -39,6 +39,9 @@ class SpanReceiver:
         self.hold.set()
         self._server.shutdown()
         self._server.server_close()
+
+    def respond(self, handler: BaseHTTPRequestHandler, headers: dict[str, str], body: bytes) -> None:
+        send(handler, *self.take(handler.path, headers, body))
 
     def take(self, path: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
         self.hold.wait(30)
@@ -77,12 +80,18 @@ def _handler(receiver: SpanReceiver) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
             headers = {key.lower(): value for key, value in self.headers.items()}
-            status, answer = receiver.take(self.path, headers, body)
-            self.send_response(status)
-            self.send_header("content-length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
+            receiver.respond(self, headers, body)
 
         def log_message(self, format: str, *args: object) -> None: ...
 
     return Handler
+
+
+def send(handler: BaseHTTPRequestHandler, status: int, answer: bytes, **headers: str) -> None:
+    """Write a whole answer."""
+    handler.send_response(status)
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.send_header("content-length", str(len(answer)))
+    handler.end_headers()
+    handler.wfile.write(answer)

@@ -75,7 +75,7 @@ def start_llm(
     }
     attributes.update(where.attributes())
     attributes.update(_parameters(parameters or {}))
-    return tracer.start_span(
+    span = tracer.start_span(
         f"chat {model}" if model else "chat",
         kind=SpanKind.CLIENT,
         parent=parent,
@@ -83,6 +83,8 @@ def start_llm(
         start_ns=start_ns,
         scope=where.scope,
     )
+    span.ref.agent_name = where.agent_name
+    return span
 
 
 def _parameters(parameters: Mapping[str, object]) -> dict[str, AttributeValue]:
@@ -134,13 +136,15 @@ def start_tool(
         semconv.TOOL_ARGUMENTS: text_or_json(arguments),
     }
     attributes.update(where.attributes())
-    return tracer.start_span(
+    span = tracer.start_span(
         f"execute_tool {name}",
         parent=parent,
         attributes=attributes,
         start_ns=start_ns,
         scope=where.scope,
     )
+    span.ref.agent_name = where.agent_name
+    return span
 
 
 def end_tool(
@@ -178,7 +182,10 @@ def start_agent(tracer: Tracer, where: Where, parent: SpanRef | None, *, name: s
     attributes: dict[str, AttributeValue] = {semconv.OPERATION: semconv.OP_AGENT}
     attributes.update(where.attributes())
     attributes[semconv.AGENT_NAME] = name
-    return tracer.start_span(f"invoke_agent {name}", parent=parent, attributes=attributes, scope=where.scope)
+    span = tracer.start_span(f"invoke_agent {name}", parent=parent, attributes=attributes, scope=where.scope)
+    span.ref.agent_name = name
+    span.ref.is_agent_run = True
+    return span
 
 
 def text_or_json(value: object) -> str:

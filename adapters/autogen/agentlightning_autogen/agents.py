@@ -1,0 +1,92 @@
+"""Agent runs: `run` and `run_stream` of agents and teams, and each turn of an agent in a team."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Final
+
+from agentlightning.context import SpanRef, open_span, stream_under, use_open_span
+from agentlightning.tracing import SpanHandle, get_tracer
+from agentlightning.tracing.genai import Where, start_agent
+from agentlightning.tracing.guard import guarded
+from agentlightning.tracing.process import end_with_error
+
+SCOPE: Final = "agentlightning.autogen"
+
+
+@guarded
+def _start(name: str) -> SpanHandle | None:
+    tracer = get_tracer()
+    around = open_span()
+    if not tracer.enabled or _runs(around, name):
+        return None
+    return start_agent(tracer, Where(SCOPE), around, name=name)
+
+
+def _runs(around: SpanRef | None, name: str) -> bool:
+    """Whether the span around is this agent's run: a run enters by several of the functions wrapped here."""
+    return around is not None and around.is_agent_run and around.agent_name == name
+
+
+@contextmanager
+def agent_span(name: str) -> Generator[None]:
+    """Everything inside is a run of this agent."""
+    span = _start(name)
+    if span is None:
+        yield
+        return
+    try:
+        with use_open_span(span.ref):
+            yield
+    except BaseException as error:
+        end_with_error(span, error)
+        raise
+    span.end()
+
+
+def wrap_run(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    @functools.wraps(original)
+    async def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with agent_span(self.name):
+            return await original(self, *args, **kwargs)
+
+    return run
+
+
+def wrap_run_stream(original: Callable[..., AsyncGenerator[Any]]) -> Callable[..., AsyncGenerator[Any]]:
+    @functools.wraps(original)
+    async def run_stream(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
+        stream = original(self, *args, **kwargs)
+        span = _start(self.name)
+        if span is None:
+            async for item in stream:
+                yield item
+            return
+        try:
+            async for item in stream_under(span.ref, stream):
+                yield item
+        except GeneratorExit:
+            span.end()  # the consumer had enough, which is not the agent's failure
+            raise
+        except BaseException as error:
+            end_with_error(span, error)
+            raise
+        span.end()
+
+    return run_stream
+
+
+def wrap_invoke_agent_span(
+    original: Callable[..., AbstractContextManager[Any]],
+) -> Callable[..., AbstractContextManager[Any]]:
+    """AutoGen's own context manager around an agent's turn in a team."""
+
+    @contextmanager
+    @functools.wraps(original)
+    def invoke_agent_span(agent_name: str, *args: Any, **kwargs: Any) -> Generator[Any]:
+        with agent_span(agent_name), original(agent_name, *args, **kwargs) as native:
+            yield native
+
+    return invoke_agent_span
