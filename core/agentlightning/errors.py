@@ -6,7 +6,8 @@
     |   |-- InvalidTaskFile     a line of a task file that does not parse, named by number
     |   |-- InvalidSpans        a trace body that is not OTLP
     |   `-- PromptTooLong       more prompt tokens than the policy can read
-    |-- NotFound                (also LookupError) a rollout, attempt, model or run that is not there
+    |-- NotFound                (also LookupError) a rollout, attempt or run that is not there
+    |   `-- ModelNotFound       a model name that this server does not serve
     |-- Conflict                a worker reported on an attempt that is no longer its own
     |-- PermissionDenied        a key that is missing, wrong or of the wrong scope
     |-- Unavailable             busy or shutting down; try again after `retry_after_s`
@@ -45,7 +46,11 @@ class PromptTooLong(InvalidInput):
 
 
 class NotFound(AgentLightningError, LookupError):
-    """A rollout, attempt, model or run that is not there."""
+    """A rollout, attempt or run that is not there."""
+
+
+class ModelNotFound(NotFound):
+    """A model name that this server does not serve."""
 
 
 class Conflict(AgentLightningError):

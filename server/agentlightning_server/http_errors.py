@@ -30,6 +30,7 @@ _KNOWN: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.InvalidTaskFile, 400, "invalid_task_file"),
     (errors.InvalidSpans, 400, "invalid_spans"),
     (errors.InvalidInput, 400, "invalid_input"),
+    (errors.ModelNotFound, 404, "model_not_found"),
     (errors.NotFound, 404, "not_found"),
     (errors.Conflict, 409, "conflict"),
     (errors.NothingToLearn, 422, "nothing_to_learn"),

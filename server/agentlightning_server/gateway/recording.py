@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agentlightning.messages import messages_to_json, output_to_json
-
 from agentlightning import semconv
+from agentlightning.messages import messages_to_json, output_to_json
 from agentlightning.reading.attributes import pack_logprobs, pack_token_ids
 from agentlightning.types import (
     AttributeValue,

@@ -12,12 +12,13 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from agentlightning import semconv
-from agentlightning.errors import InvalidInput, NotFound, PermissionDenied
-from agentlightning_server.auth import Principal, principal
+from agentlightning.errors import InvalidInput, Unavailable
+from agentlightning_server.auth import Principal, guard_attempt, principal
 from agentlightning_server.gateway.recording import Caller
 from agentlightning_server.gateway.requests import ChatRequest, parse_chat_request
 from agentlightning_server.gateway.responses import Answer, chat_completion, events
 from agentlightning_server.gateway.service import Gateway
+from agentlightning_server.http_errors import BUSY_MODEL, error_response, json_response
 
 ATTEMPT_PREFIX = "/rollouts/{rollout}/attempts/{attempt}"
 
@@ -28,34 +29,21 @@ def gateway_routes(gateway: Gateway) -> list[Route]:
     async def chat(request: Request) -> Response:
         asked = parse_chat_request(_decoded(await request.body()))
         caller = _caller(request, principal(request))
-        answer = await _unless_gone(request, gateway.complete(asked, caller))
+        try:
+            answer = await _unless_gone(request, gateway.complete(asked, caller))
+        except Unavailable as error:  # 429: the OpenAI SDK waits as Retry-After says and asks again
+            return error_response(error, busy_status=BUSY_MODEL)
         if answer is None:
             return Response(status_code=499)  # nobody is there to read it
         return _respond(asked, answer, gateway)
 
     async def models(_: Request) -> Response:
-        data = [
-            {
-                "id": name,
-                "object": "model",
-                "created": 0,
-                "owned_by": "agentlightning",
-                "policy_version": version,
-            }
-            for name, version in gateway.models
-        ]
-        return _json({"object": "list", "data": data})
+        data = [_model(name, version) for name, version in gateway.models]
+        return json_response({"object": "list", "data": data})
 
     async def model(request: Request) -> Response:
-        name = request.path_params["model"]
-        versions = dict(gateway.models)
-        policy = gateway.policy_of(name)
-        if policy not in versions:
-            raise NotFound(f"the model '{name}' does not exist on this server")
-        return _json(
-            {"id": name, "object": "model", "created": 0, "owned_by": "agentlightning"}
-            | {"policy_version": versions[policy]}
-        )
+        policy = gateway.policy_of(request.path_params["model"])
+        return json_response(_model(policy, dict(gateway.models)[policy]))
 
     routes: list[Route] = []
     for prefix in ("", ATTEMPT_PREFIX):
@@ -76,10 +64,8 @@ def _caller(request: Request, who: Principal) -> Caller:
     """Whose call this is: the path, else the headers of the SDK patch, else the attempt's key, else live."""
     rollout = request.path_params.get("rollout") or request.headers.get(semconv.HEADER_ROLLOUT)
     attempt = request.path_params.get("attempt") or request.headers.get(semconv.HEADER_ATTEMPT)
-    if who.attempt_id is not None:
-        if (rollout or who.rollout_id) != who.rollout_id or (attempt or who.attempt_id) != who.attempt_id:
-            raise PermissionDenied("this key belongs to another attempt", authenticated=True)
-        rollout, attempt = who.rollout_id, who.attempt_id
+    guard_attempt(who, rollout, attempt)
+    rollout, attempt = rollout or who.rollout_id, attempt or who.attempt_id
     return Caller.of(request.headers.get("traceparent"), rollout, attempt)
 
 
@@ -110,8 +96,16 @@ def _respond(asked: ChatRequest, answer: Answer, gateway: Gateway) -> Response:
     if asked.stream:
         body = events(asked, answer, gateway.prompts)
         return StreamingResponse(body, media_type="text/event-stream", headers=headers)
-    return _json(chat_completion(asked, answer, gateway.prompts), headers)
+    response = json_response(chat_completion(asked, answer, gateway.prompts))
+    response.headers.update(headers)
+    return response
 
 
-def _json(body: object, headers: dict[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(body), media_type="application/json", headers=headers)
+def _model(name: str, version: int) -> dict[str, object]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "agentlightning",
+        "policy_version": version,
+    }

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from uuid import uuid4
 
-from agentlightning.errors import NotFound, PromptTooLong
+from agentlightning.errors import ModelNotFound, PromptTooLong
 from agentlightning.types import Span
 from agentlightning_server.engines.base import Completion, Engine, Sampling
 from agentlightning_server.gateway.prompts import Prompt, PromptBuilder
@@ -54,12 +54,12 @@ class Gateway:
         if model in (base, base.rsplit("/", 1)[-1]):
             return self._engine.policies[0]
         served = ", ".join(self._engine.policies)
-        raise NotFound(f"the model '{model}' does not exist on this server, which serves: {served}")
+        raise ModelNotFound(f"the model '{model}' does not exist on this server, which serves: {served}")
 
     async def complete(self, request: ChatRequest, caller: Caller) -> Answer:
         """Sample, record, answer. A failed or cancelled request leaves a span with its error.
 
-        Raises NotFound (model), PromptTooLong, InvalidInput, Unavailable.
+        Raises ModelNotFound, PromptTooLong, InvalidInput, Unavailable.
         """
         start_ns = time.time_ns()
         try:
