@@ -73,6 +73,7 @@ class LightningClient:
         import httpx  # only here: it would double the time of `import agentlightning`
 
         self.url = url.rstrip("/")
+        self.key = key
         self._retries = retries
         self._sleep = sleep
         self._transport_error = httpx.TransportError

@@ -1,0 +1,75 @@
+"""`python -m agentlightning.runner MODULE:FUNCTION --server URL`: a worker process.
+
+The first SIGTERM or Ctrl-C lets attempts finish for a while, the second ends them at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+
+from agentlightning import context
+from agentlightning.client import LightningClient
+from agentlightning.errors import AgentLightningError
+from agentlightning.runner.worker import GRACE_S, Worker
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run until a signal; the exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if not options.server or not options.key:
+        print(
+            f"a server and a key are needed: pass --server and --key, or set {context.ENV_URL} "
+            f"and {context.ENV_KEY}",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        with LightningClient(options.server, options.key) as client:
+            worker = Worker(
+                client,
+                options.agent,
+                concurrency=options.concurrency,
+                isolation=options.isolation,
+                grace_s=options.grace,
+            )
+            _stop_on_signals(worker)
+            worker.run()
+    except AgentLightningError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m agentlightning.runner", description="Run rollouts.")
+    parser.add_argument("agent", help="MODULE:FUNCTION or FILE.py:FUNCTION")
+    parser.add_argument("--server", default=os.environ.get(context.ENV_URL), help="URL of the server")
+    parser.add_argument("--key", default=os.environ.get(context.ENV_KEY), help="key of scope runner")
+    parser.add_argument("--concurrency", type=int, default=1, help="attempts at a time")
+    parser.add_argument("--isolation", choices=["process", "inline"], default="process")
+    parser.add_argument(
+        "--grace", type=float, default=GRACE_S, help="seconds for attempts to finish at the end"
+    )
+    return parser
+
+
+def _stop_on_signals(worker: Worker) -> None:
+    asked = 0
+
+    def stop(_number: int, _frame: object) -> None:
+        nonlocal asked
+        asked += 1
+        worker.stop(at_once=asked > 1)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
