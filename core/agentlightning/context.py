@@ -50,11 +50,12 @@ class ActiveRollout:
 class SpanRef:
     """Names a span, as the parent of what happens under it; `closed` once it has ended."""
 
-    __slots__ = ("agent_name", "closed", "is_agent_run", "span_id", "trace_id")
+    __slots__ = ("agent_name", "closed", "is_agent_run", "parent", "span_id", "trace_id")
 
-    def __init__(self, trace_id: str, span_id: str) -> None:
+    def __init__(self, trace_id: str, span_id: str, parent: SpanRef | None = None) -> None:
         self.trace_id = trace_id
         self.span_id = span_id
+        self.parent = parent
         self.agent_name: str | None = None
         """The agent at work in it, for the spans under it."""
         self.is_agent_run = False
@@ -118,12 +119,20 @@ def attempt_base_url(server_url: str, rollout_id: str, attempt_id: str) -> str:
 def open_span() -> SpanRef | None:
     """The innermost span around the running code that has not ended."""
     span = _open_span.get()
-    return None if span is None or span.closed else span
+    while span is not None and span.closed:
+        span = span.parent
+    return span
 
 
 def set_open_span(span: SpanRef | None) -> None:
     """For hooks that start and end a span in two calls. The caller puts the previous one back at the end."""
     _open_span.set(span)
+
+
+def restore_open_span(ended: SpanRef, before: SpanRef | None) -> None:
+    """Put back what was open before this span, unless the end came in another context than the start."""
+    if _open_span.get() is ended:
+        _open_span.set(before)
 
 
 @contextmanager

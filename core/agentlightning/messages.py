@@ -25,12 +25,12 @@ def messages_to_json(messages: Iterable[Message]) -> str:
     return _dump([to_parts(message) for message in messages])
 
 
-def output_to_json(message: Message, finish_reason: str | None = None) -> str:
-    """The value of `gen_ai.output.messages` for one choice."""
+def output_to_json(message: Message, finish_reason: str | None = None, more: Sequence[Message] = ()) -> str:
+    """The value of `gen_ai.output.messages`: the first choice, and `more` where several were asked for."""
     output = to_parts(message)
     if finish_reason is not None:
         output["finish_reason"] = finish_reason
-    return _dump([output])
+    return _dump([output, *(to_parts(other) for other in more)])
 
 
 def messages_from_json(text: str) -> list[dict[str, Json]]:

@@ -158,5 +158,6 @@ def _events(request: Request) -> Iterator[dict[str, Any]]:
         yield chunk({"tool_calls": [start]})
         yield chunk({"tool_calls": [{"index": i, "function": {"arguments": arguments}}]})
     yield chunk({}, request.reply.finish_reason)
-    if (request.body.get("stream_options") or {}).get("include_usage"):
+    options: dict[str, Any] = request.body.get("stream_options") or {}
+    if options.get("include_usage"):
         yield {**_head(request, "chat.completion.chunk"), "choices": [], "usage": USAGE}

@@ -49,6 +49,8 @@ class LLMResponse:
     model: str | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
+    more: Sequence[Message] = ()
+    """The other choices, where several were asked for."""
 
 
 def start_llm(
@@ -105,7 +107,7 @@ def end_llm(span: SpanHandle, response: LLMResponse) -> None:
     """End the span of a model call that was answered."""
     span.set(
         {
-            semconv.OUTPUT_MESSAGES: output_to_json(response.message, response.finish_reason),
+            semconv.OUTPUT_MESSAGES: output_to_json(response.message, response.finish_reason, response.more),
             semconv.RESPONSE_FINISH_REASONS: [response.finish_reason] if response.finish_reason else None,
             semconv.RESPONSE_ID: response.id,
             semconv.RESPONSE_MODEL: response.model,
@@ -177,12 +179,16 @@ def _message(error: BaseException | str | None, status: ToolStatus) -> str:
     return error or str(status)
 
 
-def start_agent(tracer: Tracer, where: Where, parent: SpanRef | None, *, name: str) -> SpanHandle:
+def start_agent(
+    tracer: Tracer, where: Where, parent: SpanRef | None, *, name: str, start_ns: int | None = None
+) -> SpanHandle:
     """Start the span of one run of a named agent, graph or team."""
     attributes: dict[str, AttributeValue] = {semconv.OPERATION: semconv.OP_AGENT}
     attributes.update(where.attributes())
     attributes[semconv.AGENT_NAME] = name
-    span = tracer.start_span(f"invoke_agent {name}", parent=parent, attributes=attributes, scope=where.scope)
+    span = tracer.start_span(
+        f"invoke_agent {name}", parent=parent, attributes=attributes, start_ns=start_ns, scope=where.scope
+    )
     span.ref.agent_name = name
     span.ref.is_agent_run = True
     return span

@@ -136,7 +136,7 @@ class LightTracer:
         trace_id = _random_hex(128) if parent is None else parent.trace_id
         return LightSpan(
             self,
-            SpanRef(trace_id, _random_hex(64)),
+            SpanRef(trace_id, _random_hex(64), parent),
             name,
             kind,
             None if parent is None else parent.span_id,

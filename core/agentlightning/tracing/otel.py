@@ -44,10 +44,11 @@ class OTelSpan:
 
     __slots__ = ("_span", "ref")
 
-    def __init__(self, span: trace.Span) -> None:
+    def __init__(self, span: trace.Span, parent: SpanRef | None) -> None:
         context = span.get_span_context()
+        trace_id, span_id = trace.format_trace_id(context.trace_id), trace.format_span_id(context.span_id)
         self._span = span
-        self.ref = SpanRef(trace.format_trace_id(context.trace_id), trace.format_span_id(context.span_id))
+        self.ref = SpanRef(trace_id, span_id, parent)
 
     def set(self, attributes: Attributes) -> None:
         if not self.ref.closed:
@@ -110,7 +111,7 @@ class OTelTracer:
             start_time=start_ns,
             record_exception=False,
         )
-        return OTelSpan(span)
+        return OTelSpan(span, parent)
 
     def flush(self, timeout_s: float = 5.0) -> bool:
         sent = _within(timeout_s, self._processor.force_flush)
