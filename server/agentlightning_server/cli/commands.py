@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 from dataclasses import asdict
@@ -15,10 +16,11 @@ from rich.console import Console
 from agentlightning._version import __version__
 from agentlightning.bridge import LearningSettings
 from agentlightning.client import LightningClient
+from agentlightning.context import ENV_TRACER
 from agentlightning.doctor import Finding, Level, Recorded, diagnose, gather
 from agentlightning.errors import InvalidInput
 from agentlightning.learning import AIR, CREDIT, Estimator, select_agents
-from agentlightning.runner import run_worker
+from agentlightning.runner.__main__ import main as run_worker
 from agentlightning.tasks import load_tasks
 from agentlightning.types import Limits, Task
 from agentlightning_server.cli.progress import ProgressReporter
@@ -183,7 +185,9 @@ def run(
     tracer: TracerOption = "otel",
 ) -> None:
     """Lease rollouts from a server and run the agent on them, until interrupted."""
-    raise typer.Exit(run_worker(agent, server=server, key=key, concurrency=concurrency, tracer=tracer))
+    os.environ[ENV_TRACER] = tracer
+    arguments = [agent, "--server", server, "--key", key, "--concurrency", str(concurrency)]
+    raise typer.Exit(run_worker(arguments))
 
 
 @app.command()

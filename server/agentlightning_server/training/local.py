@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from agentlightning.context import ENV_KEY, ENV_TRACER
 from agentlightning.errors import AgentLightningError
 from agentlightning.types import Span, Task
 from agentlightning_server.app import create_app, serve_in_thread
@@ -27,7 +28,8 @@ from agentlightning_server.store import Store
 from agentlightning_server.training.reporting import Reporter
 from agentlightning_server.training.trainer import Trainer, TrainResult, TrainSettings
 
-RUNNER_STOP_S = 15.0  # from SIGTERM to SIGKILL; the runner gives its attempts 10 s
+RUNNER_GRACE_S = 2.0  # for attempts to finish; all that matter have finished when the runner is stopped
+RUNNER_STOP_S = 15.0  # from SIGTERM to SIGKILL
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +81,9 @@ def local_server(
 def local_runner(url: str, key: str, runner: RunnerSettings, log: Path) -> Generator[Callable[[], None]]:
     """Run the agent in a process of its own; yields a check that raises when that process has died."""
     command = [sys.executable, "-m", "agentlightning.runner", runner.agent, "--server", url]
-    command += ["--concurrency", str(runner.concurrency), "--tracer", runner.tracer]
+    command += ["--concurrency", str(runner.concurrency), "--grace", str(RUNNER_GRACE_S)]
     path = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    environment = {**os.environ, "AGENTLIGHTNING_KEY": key, "PYTHONPATH": path}
+    environment = {**os.environ, ENV_KEY: key, ENV_TRACER: runner.tracer, "PYTHONPATH": path}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         process = subprocess.Popen(

@@ -11,13 +11,13 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from agentlightning.bridge import Collected, LearningSettings, RolloutService, TrainerBridge, learnable_groups
-from agentlightning.errors import InvalidInput
-from agentlightning.types import Limits, Mode, Task
+from agentlightning.errors import InvalidInput, NothingToLearn
+from agentlightning.types import Batch, Limits, Mode, Task
 from agentlightning_server.engines.base import Engine
 from agentlightning_server.training.order import tasks_of_step
 from agentlightning_server.training.reporting import (
@@ -29,6 +29,9 @@ from agentlightning_server.training.reporting import (
     mean_and_stderr,
     tool_call_share,
 )
+
+MAX_FLAT_STEPS = 5  # steps in a row without a gradient before the run is given up
+NO_DIFFERENCE = "no group had a difference to learn from: the policy stays as it is"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,7 @@ class Trainer:
         self._bridge = TrainerBridge(service, settings.run_id, settings.learning)
         settings.output.mkdir(parents=True, exist_ok=True)
         self._metrics = MetricsFile(settings.output / "metrics.jsonl")
+        self._flat_steps = 0
         self.watch: Callable[[], None] = lambda: None
         """Called about once a second while rollouts run; raises to end the run (a dead runner, say)."""
 
@@ -147,8 +151,8 @@ class Trainer:
         rolled_out = time.monotonic()
         self._reporter.phase("update", step)
         batch = self._bridge.batch(collected.episodes)
-        update = self._engine.update(batch)
         mixed, groups = learnable_groups(collected.episodes, settings.learning.credit)
+        update = self._update(batch)
         record = StepRecord(
             step=step,
             version=self._version,
@@ -160,12 +164,26 @@ class Trainer:
             sampled_tokens=int(batch.response_mask.sum()),
             rollout_s=rolled_out - began,
             update_s=time.monotonic() - rolled_out,
-            problems=dict(collected.problems),
+            problems={**collected.problems, **({} if update else {NO_DIFFERENCE: 1})},
             update={name: float(value) for name, value in update.items() if math.isfinite(value)},
         )
         self._metrics.write(record)
         self._reporter.stepped(record)
         return record
+
+    def _update(self, batch: Batch) -> Mapping[str, float]:
+        """Update the policy, unless all advantages are zero; too many such steps in a row end the run."""
+        if batch.advantages.any():
+            self._flat_steps = 0
+            return self._engine.update(batch)
+        self._flat_steps += 1
+        if self._flat_steps >= MAX_FLAT_STEPS:
+            raise NothingToLearn(
+                f"in {MAX_FLAT_STEPS} steps in a row all rollouts of each group earned the same: there is no "
+                "gradient. Put a worked example into the prompt, choose tasks of middling difficulty, "
+                "enlarge the group, or reward progress (AIR, named rewards); `agl doctor` shows the records"
+            )
+        return {}
 
     def _collect(self, tasks: Sequence[Task], step: int, *, group_size: int, mode: Mode) -> Collected:
         return self._bridge.collect(

@@ -1,0 +1,77 @@
+"""A real server over a real store, without an engine, and the spans and rollouts to put into it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agentlightning.client import LightningClient
+from agentlightning.types import Limits, Rollout, Span, SpanKind, Task
+from agentlightning_server.app import create_app, serve_in_thread
+from agentlightning_server.settings import Settings
+from agentlightning_server.store import Store
+
+SECOND = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class StoreServer:
+    url: str
+    key: str
+    store: Store
+    client: LightningClient
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"}
+
+
+@contextmanager
+def store_server(folder: Path, **settings: Any) -> Generator[StoreServer]:
+    """A server on a free port; everything is closed at the end."""
+    chosen = Settings(port=0, database=folder / "store.db", **settings).with_admin_key()
+    with Store(chosen.database) as store, serve_in_thread(create_app(store, settings=chosen)) as running:
+        key = chosen.admin_key or ""
+        with LightningClient(running.url, key) as client:
+            yield StoreServer(running.url, key, store, client)
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now_ns = 1_000 * SECOND
+
+    def __call__(self) -> int:
+        return self.now_ns
+
+    def sleep(self, seconds: float) -> None:
+        self.now_ns += int(seconds * SECOND)
+
+
+def queued(rollout_id: str, *, attempts: int = 3, seconds: float = 600.0, **changes: Any) -> Rollout:
+    values: dict[str, Any] = {
+        "id": rollout_id,
+        "task": Task(f"task of {rollout_id}", {"question": rollout_id}),
+        "group_id": "group",
+        "limits": Limits(seconds, attempts),
+    }
+    return Rollout(**{**values, **changes})
+
+
+def plain_span(number: int, rollout_id: str | None = None, **changes: Any) -> Span:
+    """A root span; the number makes its ids."""
+    values: dict[str, Any] = {
+        "trace_id": f"{number + 1:032x}",
+        "span_id": f"{number + 1:016x}",
+        "parent_id": None,
+        "name": "work",
+        "kind": SpanKind.INTERNAL,
+        "start_ns": 10 + number,
+        "end_ns": 20 + number,
+        "rollout_id": rollout_id,
+    }
+    return Span(**{**values, **changes})
