@@ -155,6 +155,7 @@ def test_a_killed_trainer_goes_on_where_it_was(tmp_path: Path) -> None:
     finally:
         os.killpg(first.pid, signal.SIGKILL)
         first.wait()
+    wait_until(lambda: not _processes_of(tmp_path))
     done_before = metrics.read_text().splitlines()
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=200)
     lines = metrics.read_text().splitlines()
@@ -167,6 +168,19 @@ def test_a_killed_trainer_goes_on_where_it_was(tmp_path: Path) -> None:
     order = [r.task.id for r in rollouts if r.task is not None and r.id.endswith(".0")]
     assert sorted(order[:6]) == sorted(t.id for t in TRAIN), "one epoch is every task once"
     assert sorted(order[6:]) == sorted(t.id for t in TRAIN)
+
+
+def _processes_of(folder: Path) -> list[int]:
+    """Processes that hold a file under the folder as an output: the runner and its attempts."""
+    found: list[int] = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            target = os.readlink(process / "fd" / "1")
+        except OSError:
+            continue
+        if target.startswith(str(folder)):
+            found.append(int(process.name))
+    return found
 
 
 def _rewards(lines: Sequence[str]) -> list[float]:

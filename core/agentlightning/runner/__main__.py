@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 
 from agentlightning import context
 from agentlightning.client import LightningClient
@@ -39,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
                 grace_s=options.grace,
             )
             _stop_on_signals(worker)
+            if options.with_parent:
+                threading.Thread(target=_stop_with_parent, args=(worker,), daemon=True).start()
             worker.run()
     except AgentLightningError as error:
         print(error, file=sys.stderr)
@@ -56,7 +59,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--grace", type=float, default=GRACE_S, help="seconds for attempts to finish at the end"
     )
+    parser.add_argument(
+        "--with-parent",
+        action="store_true",
+        help="end when standard input closes, as it does with the parent",
+    )
     return parser
+
+
+def _stop_with_parent(worker: Worker) -> None:
+    sys.stdin.buffer.read()
+    worker.stop(at_once=True)
 
 
 def _stop_on_signals(worker: Worker) -> None:

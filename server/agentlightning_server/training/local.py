@@ -81,13 +81,18 @@ def local_server(
 def local_runner(url: str, key: str, runner: RunnerSettings, log: Path) -> Generator[Callable[[], None]]:
     """Run the agent in a process of its own; yields a check that raises when that process has died."""
     command = [sys.executable, "-m", "agentlightning.runner", runner.agent, "--server", url]
-    command += ["--concurrency", str(runner.concurrency), "--grace", str(RUNNER_GRACE_S)]
+    command += ["--concurrency", str(runner.concurrency), "--grace", str(RUNNER_GRACE_S), "--with-parent"]
     path = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     environment = {**os.environ, ENV_KEY: key, ENV_TRACER: runner.tracer, "PYTHONPATH": path}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,  # closes with this process, however it ends
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
     def check() -> None:
@@ -107,11 +112,13 @@ def local_runner(url: str, key: str, runner: RunnerSettings, log: Path) -> Gener
 def _stop(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(RUNNER_STOP_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    try:
+        process.wait(RUNNER_STOP_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
 
 
 def load_engine(settings: EmbeddedSettings) -> Engine:
