@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from agentlightning.learning import AIR, Estimator, discounted, identical, select_agents
     from agentlightning.rewards import emit_reward
     from agentlightning.runner import RolloutContext, Worker
-    from agentlightning.tracing import LightTracer, OTelTracer, Tracer, configure
+    from agentlightning.tracing import Tracer, configure
+    from agentlightning.tracing.light import LightTracer
+    from agentlightning.tracing.otel import OTelTracer
     from agentlightning.types import Batch, Episode, Mode, Rollout, Span, Task, Transition
 
 __all__ = [
@@ -65,8 +67,8 @@ _HOME = {
     "emit_reward": "rewards",
     "RolloutContext": "runner",
     "Worker": "runner",
-    "LightTracer": "tracing",
-    "OTelTracer": "tracing",
+    "LightTracer": "tracing.light",
+    "OTelTracer": "tracing.otel",
     "Tracer": "tracing",
     "configure": "tracing",
     "Batch": "types",
