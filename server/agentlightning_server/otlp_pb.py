@@ -265,7 +265,7 @@ def _any_value(value: AttributeValue, depth: int = 0) -> AnyValue:
             message.string_value = _utf8(value)
         case bool():
             message.bool_value = value
-        case int() if abs(value) <= MAX_INT64:
+        case int() if -MAX_INT64 - 1 <= value <= MAX_INT64:
             message.int_value = value
         case float():
             message.double_value = value

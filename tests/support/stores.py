@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,13 +31,33 @@ class StoreServer:
 
 
 @contextmanager
-def store_server(folder: Path, **settings: Any) -> Generator[StoreServer]:
+def store_server(folder: Path, *, max_pending: int = 4096, **settings: Any) -> Generator[StoreServer]:
     """A server on a free port; everything is closed at the end."""
     chosen = Settings(port=0, database=folder / "store.db", **settings).with_admin_key()
-    with Store(chosen.database) as store, serve_in_thread(create_app(store, settings=chosen)) as running:
+    with (
+        Store(chosen.database, max_pending=max_pending) as store,
+        serve_in_thread(create_app(store, settings=chosen)) as running,
+    ):
         key = chosen.admin_key or ""
         with LightningClient(running.url, key) as client:
             yield StoreServer(running.url, key, store, client)
+
+
+@contextmanager
+def blocked(store: Store) -> Generator[None]:
+    """Nothing is written until the block ends; writes asked for meanwhile go into one commit."""
+    release, entered = threading.Event(), threading.Event()
+
+    def hold(_connection: object, _changes: object) -> None:
+        entered.set()
+        release.wait()
+
+    store._submit(hold)  # pyright: ignore[reportPrivateUsage]
+    entered.wait()
+    try:
+        yield
+    finally:
+        release.set()
 
 
 class Clock:

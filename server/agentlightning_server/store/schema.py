@@ -193,7 +193,8 @@ def _check_version(connection: sa.Connection, path: Path) -> None:
 
 
 def _unusable(path: Path, reason: object) -> str:
+    cause = " ".join(str(reason).split())
     return (
-        f"{path} cannot be used as a database ({reason}): restore it from a backup, recover what is readable "
+        f"{path} cannot be used as a database ({cause}): restore it from a backup, recover what is readable "
         f"with `sqlite3 {path} .recover`, or move it and its -wal file away to start empty"
     )

@@ -102,6 +102,11 @@ class Store:
             return False
         return True
 
+    @property
+    def pending(self) -> int:
+        """Writes that wait for the writer."""
+        return self._writer.pending
+
     # --- spans and rewards -----------------------------------------------------------------------
 
     def submit_rows(self, span_rows: Sequence[SpanRow]) -> Future[None]:

@@ -78,6 +78,10 @@ class Writer:
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._closed
 
+    @property
+    def pending(self) -> int:
+        return len(self._pending)
+
     def submit(
         self, run: Callable[[sa.Connection, Changes], T], *, size: int = 0, wait_for_room: bool = False
     ) -> Future[T]:
