@@ -101,7 +101,7 @@ def _engine(folder: Path) -> EmbeddedSettings:
     if not model.exists():
         make_tiny_model(model)
     return EmbeddedSettings(
-        model=str(model), learning_rate=3e-3, context_length=1024, threads=1, seed=1, compute="float32"
+        model=str(model), learning_rate=3e-3, context_length=1024, threads=1, seed=1
     )
 
 

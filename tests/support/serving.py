@@ -17,7 +17,7 @@ from agentlightning_server.training.local import LocalServer, local_server
 def tiny_engine(folder: Path, **settings: object) -> EmbeddedEngine:
     """An engine around a tiny random model with a byte-level ChatML tokenizer."""
     model = make_tiny_model(folder / "tiny")
-    values: dict[str, object] = {"context_length": 1024, "threads": 1, "compute": "float32", **settings}
+    values: dict[str, object] = {"context_length": 1024, "threads": 1, **settings}
     return EmbeddedEngine(EmbeddedSettings(model=str(model), **values))  # type: ignore[arg-type]
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,11 +23,12 @@ from agentlightning.errors import InvalidInput
 from agentlightning.learning import AIR, CREDIT, Estimator, select_agents
 from agentlightning.runner.__main__ import main as run_worker
 from agentlightning.tasks import load_tasks
-from agentlightning.types import Limits, Task
+from agentlightning.types import Limits, Rollout, Task
 from agentlightning_server.cli.progress import ProgressReporter
 from agentlightning_server.engines.embedded.settings import DEFAULT_MODEL, EmbeddedSettings
 from agentlightning_server.settings import Settings
-from agentlightning_server.store import Store
+from agentlightning_server.store import RolloutFilter, Store
+from agentlightning_server.training.live import LiveSettings, LiveTrainer
 from agentlightning_server.training.local import (
     LocalServer,
     RunnerSettings,
@@ -34,6 +36,7 @@ from agentlightning_server.training.local import (
     local_server,
     train_locally,
 )
+from agentlightning_server.training.reporting import StepRecord
 from agentlightning_server.training.trainer import TrainResult, TrainSettings
 
 app = typer.Typer(
@@ -80,17 +83,38 @@ def serve(
     data: Annotated[Path, typer.Option(help="Folder of the database and the key.")] = Path("runs/serve"),
     policy: Annotated[str, typer.Option(help="Name the model is served under.")] = "policy",
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint of a run to serve.")] = None,
+    learn: Annotated[bool, typer.Option(help="Learn from live rollouts as they get rewards.")] = False,
+    batch_size: Annotated[int, typer.Option(min=2, help="Rewarded rollouts per update.")] = 32,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 1e-5,
+    lora_rank: Annotated[int, typer.Option(min=0, help="0 trains the full weights.")] = 0,
+    agents: Annotated[
+        list[str] | None, typer.Option("--agent", help="Learn only from these agents (name or path, glob).")
+    ] = None,
 ) -> None:
-    """Serve a policy to agents and store their traces, until interrupted."""
+    """Serve a policy to agents and store their traces, until interrupted; with --learn, improve it too."""
     settings = Settings(
         host=host, port=port, admin_key=admin_key, database=data / "store.db", model=policy
     ).with_admin_key()
-    engine = load_engine(EmbeddedSettings(model=model, policy=policy))
+    engine = load_engine(
+        EmbeddedSettings(model=model, policy=policy, learning_rate=learning_rate, lora_rank=lora_rank)
+    )
     if checkpoint is not None:
         engine.load(checkpoint)
     with local_server(engine, settings) as server:
         _announce(server)
+        if not learn:
+            _wait_for_signal()
+            return
+        learning = LearningSettings(
+            policy=policy, air=AIR(), select=select_agents(*agents) if agents else None
+        )
+        live = LiveSettings(data, batch_size=batch_size, learning=learning)
+        trainer = LiveTrainer(engine, server.store, live, _show_update)
+        learner = threading.Thread(target=trainer.run, name="agentlightning-live")
+        learner.start()
         _wait_for_signal()
+        trainer.stop()
+        learner.join()
 
 
 @app.command()
@@ -212,14 +236,21 @@ def doctor(
 def _recorded(run_folder: Path | None, server: str | None, key: str | None) -> list[Recorded]:
     if server is not None:
         with LightningClient(server, key or "") as client:
-            return gather(client.rollouts(), client)
+            return gather(_all_pages(lambda after: client.rollouts(after=after)), client)
     if run_folder is None:
         raise InvalidInput("name the folder of a run, or a live server with --server")
     database = run_folder / "store.db"
     if not database.exists():
         raise InvalidInput(f"{run_folder} holds no run: there is no store.db in it")
     with Store(database) as store:
-        return gather(store.rollouts(), store)
+        return gather(_all_pages(lambda after: store.rollouts(RolloutFilter(after=after))), store)
+
+
+def _all_pages(page: Callable[[str | None], Sequence[Rollout]]) -> list[Rollout]:
+    rollouts: list[Rollout] = []
+    while found := page(rollouts[-1].id if rollouts else None):
+        rollouts += found
+    return rollouts
 
 
 def _held_out(path: Path | None) -> list[Task]:
@@ -282,10 +313,22 @@ def _announce(server: LocalServer) -> None:
     )
 
 
+def _show_update(record: StepRecord) -> None:
+    console.print(
+        f"version {record.version}: learned from {record.episodes} live rollouts, "
+        f"mean reward {record.reward:.3f}",
+        highlight=False,
+    )
+
+
 def _wait_for_signal() -> None:
     ended = threading.Event()
+
+    def end(_number: int, _frame: object) -> None:
+        ended.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
+        signal.signal(number, end)
     ended.wait()
 
 

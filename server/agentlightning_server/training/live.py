@@ -1,0 +1,182 @@
+"""Learning from live use: agents that run by themselves, rewarded whenever somebody says how it went.
+
+There are no groups of the same task here, so the rollouts of one update are compared with each other: their
+mean reward is the baseline (REINFORCE with a batch baseline, scaled by the standard deviation as in GRPO).
+Rollouts sampled by an older policy count until they are `max_lag` updates old; the clipped ratio against the
+recorded logprobs corrects for the difference. A rollout is used once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from agentlightning.bridge import LearningSettings, deciding_attempt, make_batch
+from agentlightning.errors import AgentLightningError
+from agentlightning.learning import apply_air
+from agentlightning.reading import read_episode
+from agentlightning.types import Episode, Mode, Rollout, RolloutStatus
+from agentlightning_server.engines.base import Engine
+from agentlightning_server.store import RolloutFilter, Store
+from agentlightning_server.training.reporting import StepRecord, tool_call_share
+
+logger = logging.getLogger(__name__)
+
+PAGE = 200  # rollouts read from the store at a time
+STATE = "live"  # id of the run state that remembers which rollouts were used
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSettings:
+    """When to learn from live rollouts."""
+
+    output: Path
+    """Folder for checkpoints."""
+    batch_size: int = 32
+    """Rewarded rollouts per update."""
+    max_lag: int = 4
+    """Updates after which a rollout is too old to learn from."""
+    reward_wait_s: float = 3600.0
+    """How long after its end a rollout may still get its reward."""
+    poll_s: float = 2.0
+    checkpoint_every: int = 5
+    learning: LearningSettings = field(default_factory=LearningSettings)
+
+
+class LiveTrainer:
+    """Watches a store for rewarded live rollouts and updates the policy with every full batch of them."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        settings: LiveSettings,
+        on_update: Callable[[StepRecord], None] = lambda _: None,
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._settings = settings
+        self._on_update = on_update
+        self._stop = threading.Event()
+        self._checkpoint = settings.output / "checkpoints" / "live"
+        state: dict[str, Any] = store.run(STATE) or {"used": [], "after": None, "updates": 0}
+        self._used: set[str] = set(state["used"])
+        self._after: str | None = state["after"]
+        """Everything up to this rollout was used or given up."""
+        self._updates = int(state["updates"])
+        if self._checkpoint.exists():
+            engine.load(self._checkpoint)
+
+    def run(self) -> None:
+        """Learn until `stop`; an update that fails is logged and its rollouts are not tried again."""
+        while not self._stop.wait(self._settings.poll_s):
+            try:
+                while self.step() is not None:
+                    pass
+            except AgentLightningError as error:
+                logger.warning("no update from live rollouts: %s", error)
+        self._save()
+
+    def stop(self) -> None:
+        """End `run` after what it is doing."""
+        self._stop.set()
+
+    def step(self) -> StepRecord | None:
+        """One update if enough rewarded rollouts wait, else None."""
+        ready: list[Episode] = []
+        for episode in self._rewarded():
+            ready.append(episode)
+            if len(ready) == self._settings.batch_size:
+                return self._update(ready)
+        return None
+
+    def _rewarded(self) -> Iterator[Episode]:
+        """Unused live episodes with a reward and fresh enough calls, oldest first."""
+        for rollout in self._unused():
+            episode = self._episode(rollout)
+            if episode is None:
+                continue
+            oldest = min((t.policy_version for t in episode.transitions), default=None)
+            if oldest is None or self._version - oldest > self._settings.max_lag:
+                self._used.add(rollout.id)
+            elif episode.final_reward is not None:
+                yield episode
+            elif time.time_ns() - (rollout.ended_ns or 0) > self._settings.reward_wait_s * 1e9:
+                self._used.add(rollout.id)
+
+    def _unused(self) -> Iterator[Rollout]:
+        after = self._after
+        contiguous = True
+        while True:
+            page = self._store.rollouts(RolloutFilter(mode=Mode.LIVE, limit=PAGE, after=after))
+            for rollout in page:
+                after = rollout.id
+                if rollout.id not in self._used:
+                    contiguous = False
+                    if rollout.status is RolloutStatus.SUCCEEDED:
+                        yield rollout
+                elif contiguous:
+                    self._after = rollout.id
+                    self._used.discard(rollout.id)
+            if len(page) < PAGE:
+                return
+
+    def _episode(self, rollout: Rollout) -> Episode | None:
+        attempt = deciding_attempt(self._store.attempts(rollout.id))
+        if attempt is None:
+            return None
+        learning = self._settings.learning
+        try:
+            episode = read_episode(
+                rollout, attempt, self._store.spans(rollout.id), reward_weights=learning.reward_weights
+            )
+        except AgentLightningError as error:
+            logger.warning("live rollout %s cannot be read: %s", rollout.id, error)
+            self._used.add(rollout.id)
+            return None
+        return apply_air(episode, learning.air) if learning.air else episode
+
+    def _update(self, episodes: list[Episode]) -> StepRecord:
+        self._used.update(episode.rollout_id for episode in episodes)
+        self._remember()
+        group = [replace(episode, group_id=STATE) for episode in episodes]
+        batch = make_batch(group, self._settings.learning)
+        metrics: Mapping[str, float] = self._engine.update(batch) if batch.advantages.any() else {}
+        self._updates += 1
+        if self._updates % self._settings.checkpoint_every == 0:
+            self._save()
+        rewards = [episode.final_reward or 0.0 for episode in episodes]
+        record = StepRecord(
+            step=self._updates - 1,
+            version=self._version,
+            reward=sum(rewards) / len(rewards),
+            episodes=len(episodes),
+            groups=1,
+            mixed_groups=int(bool(metrics)),
+            tool_calls=tool_call_share(episodes),
+            sampled_tokens=int(batch.response_mask.sum()),
+            rollout_s=0.0,
+            update_s=float(metrics.get("seconds", 0.0)),
+            update=dict(metrics),
+        )
+        self._on_update(record)
+        return record
+
+    @property
+    def _version(self) -> int:
+        return self._engine.version(self._settings.learning.policy)
+
+    def _save(self) -> None:
+        if self._updates:
+            self._engine.save(self._checkpoint)
+        self._remember()
+
+    def _remember(self) -> None:
+        self._store.set_run(
+            STATE, {"used": sorted(self._used), "after": self._after, "updates": self._updates}
+        )
