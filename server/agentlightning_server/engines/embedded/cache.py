@@ -2,9 +2,9 @@
 
     trunk (a long common prefix, stored once)   <--- rows that start with it (own tokens only)
 
-What a row holds stays until its memory is needed for another, so that a later prompt that continues it costs
-only its new tokens. This module stores and attends; which row continues what is `placement`'s business.
-Invariant: a row's tokens are `trunk.tokens + row.tokens`, and exactly these have their keys and values stored.
+What a row holds stays until its memory is needed for another, so that a later prompt that continues it
+costs only its new tokens. This module stores and attends; which row continues what is `decoding`'s business.
+Invariant: a row's history is `trunk.tokens + row.tokens`, and exactly these have keys and values stored.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -108,8 +108,9 @@ class RowsView:
     the row's trunk and own tokens with one softmax over both.
 
     `counts` says how many of the T are the row's; what follows is padding, whose traces land one place after
-    them and are overwritten before anything can see them. The score of a query against a trunk is computed for all rows of that trunk in one product, so the trunk
-    is read once per step. Exact: the same sums as attention over each row's whole history.
+    them and are overwritten before anything can see them. The score of a query against a trunk is computed
+    for all rows of that trunk in one product, so the trunk is read once per step. Exact: the same sums as
+    attention over each row's whole history.
     """
 
     def __init__(
@@ -163,28 +164,28 @@ class RowsView:
         return (spread @ cached[:last])[self._rows]
 
     def _trunk_scores(self, layer: int, q: Tensor) -> Tensor:
-        batch, groups, queries, width = q.shape
-        scores = q.new_full((batch, groups, queries, self._trunk_length), float("-inf"))
+        trunk, rows = self._trunks[0]
+        if rows is None:
+            return _by_group(q, trunk.keys[layer].transpose(-1, -2))
+        scores = q.new_full((*q.shape[:3], self._trunk_length), float("-inf"))
         for trunk, rows in self._trunks:
-            part = q if rows is None else q[rows]
-            flat = part.transpose(0, 1).reshape(groups, -1, width) @ trunk.keys[layer].transpose(-1, -2)
-            block = flat.view(groups, -1, queries, flat.shape[-1]).transpose(0, 1)
-            if rows is None:
-                return block
-            scores[rows, ..., : flat.shape[-1]] = block
+            scores[rows, ..., : len(trunk.tokens)] = _by_group(q[rows], trunk.keys[layer].transpose(-1, -2))
         return scores
 
     def _add_trunk_values(self, layer: int, weights: Tensor, out: Tensor) -> None:
-        _, groups, queries, _ = weights.shape
         for trunk, rows in self._trunks:
             part = weights[..., : len(trunk.tokens)]
-            part = part if rows is None else part[rows]
-            flat = part.transpose(0, 1).reshape(groups, -1, len(trunk.tokens)) @ trunk.values[layer]
-            block = flat.view(groups, -1, queries, flat.shape[-1]).transpose(0, 1)
             if rows is None:
-                out += block
+                out += _by_group(part, trunk.values[layer])
             else:
-                out[rows] += block
+                out[rows] += _by_group(part[rows], trunk.values[layer])
+
+
+def _by_group(left: Tensor, right: Tensor) -> Tensor:
+    """left [B, G, Q, x] times right [G, x, y], all rows of a group in one product."""
+    batch, groups, queries, _ = left.shape
+    flat = left.transpose(0, 1).reshape(groups, batch * queries, -1) @ right
+    return flat.view(groups, batch, queries, -1).transpose(0, 1)
 
 
 def _by_trunk(rows: Sequence[Row], device: torch.device) -> list[tuple[Trunk, Tensor | None]]:

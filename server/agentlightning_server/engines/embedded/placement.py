@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 MIN_TRUNK = 64  # tokens; a shorter shared prefix costs more bookkeeping per step than it saves
 
@@ -26,22 +27,22 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 class Sequenced:
     """A token sequence that `weight` requests read, the first `covered` tokens of it from a shared trunk."""
 
-    tokens: Sequence[int]
+    tokens: list[int]
     weight: int
     covered: int
 
 
-def worthwhile_prefix(sequences: Sequence[Sequenced]) -> Sequence[int] | None:
+def worthwhile_prefix(sequences: Sequence[Sequenced]) -> list[int] | None:
     """The prefix whose sharing saves most token reads per step, or None where none is worth it.
 
     Candidates are the branching points of the sequences' prefix tree. A reader counts when the prefix at
     least doubles what it already shares, so that trunks stay few.
     """
     ordered = sorted(sequences, key=lambda s: s.tokens)
-    lengths = [common_prefix(a.tokens, b.tokens) for a, b in zip(ordered, ordered[1:], strict=False)]
+    lengths = [common_prefix(a.tokens, b.tokens) for a, b in pairwise(ordered)]
     candidates = {(len(s.tokens), i) for i, s in enumerate(ordered) if s.weight > 1}
     candidates |= {(length, i) for i, length in enumerate(lengths)}
-    best: tuple[int, Sequence[int]] | None = None
+    best: tuple[int, list[int]] | None = None
     for length, i in candidates:
         saved = _saving(ordered, lengths, length, i) if length >= MIN_TRUNK else 0
         if saved > (best[0] if best else 0):

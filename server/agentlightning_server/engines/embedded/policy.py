@@ -2,9 +2,8 @@
 
     base weights --(LoRA adapter | full weights)--> trained model --publish()--> served model
 
-Trained weights are float32. Where the served model is not simply the trained one (an adapter to be merged, or
-matrix products in bfloat16), it is a copy that `publish` brings up to date, so that merging never rounds the
-trained weights. Both compute the same numbers up to rounding.
+With full weights the served model is the trained one. An adapter is served merged into a copy that `publish`
+brings up to date, so that decoding costs what it costs without an adapter, and merging never rounds the base.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -12,14 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -36,20 +33,16 @@ class PolicyWeights:
     def __init__(self, model: PreTrainedModel, settings: EmbeddedSettings) -> None:
         """Take over the model. Raises InvalidInput when its attention cannot be served."""
         self.device = loading.choose_device(settings)
-        self.compute = loading.choose_compute(settings, self.device)
         attention.install(model)
         model.to(self.device)  # pyright: ignore[reportArgumentType, reportCallIssue] - transformers' own overload
         self._reference: Any = None
         if settings.kl_coefficient and not settings.lora_rank:
             self._reference = copy.deepcopy(model).requires_grad_(False)
-        copied = settings.lora_rank > 0 or self.compute != torch.float32
-        self.served: Any = copy.deepcopy(model).requires_grad_(False) if copied else model
+        self.served: Any = copy.deepcopy(model).requires_grad_(False) if settings.lora_rank else model
         self._peft: Any = None
         self.model: Any = model
         if settings.lora_rank:
             self._peft = self._adapt(model, settings)
-        if self.compute != torch.float32:
-            self._lower(self.served)
         self.publish()
 
     def _adapt(self, model: PreTrainedModel, settings: EmbeddedSettings) -> Any:
@@ -64,13 +57,6 @@ class PolicyWeights:
             torch.manual_seed(settings.seed)
             return get_peft_model(model, config, adapter_name=_ADAPTER)
 
-    def _lower(self, model: nn.Module) -> None:
-        """Hold the inner matrices in the format they are multiplied in. The output matrix stays float32,
-        since log-probabilities are only as exact as logits."""
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and not _is_output(name):
-                module.to(self.compute)
-
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -79,14 +65,8 @@ class PolicyWeights:
     def tunes_adapter(self) -> bool:
         return self._peft is not None
 
-    def precision(self) -> contextlib.AbstractContextManager[Any]:
-        """The context in which both models compute."""
-        if self.compute == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.compute)
-
     @contextlib.contextmanager
-    def reference(self) -> Iterator[Any]:
+    def reference(self) -> Generator[Any]:
         """The base model, to measure the distance to."""
         if self._peft is None:
             yield self._reference
@@ -97,17 +77,14 @@ class PolicyWeights:
     @torch.no_grad()
     def publish(self) -> None:
         """Bring the served model up to date with the trained one."""
-        if self.served is self.model:
+        if self._peft is None:
             return
         trained = dict(self.model.named_modules())
         for name, module in self.served.named_modules():
-            source: Any = trained[name]
-            if isinstance(source, LoraLayer):
-                layer: Any = source
-                module.weight.copy_(layer.get_base_layer().weight + layer.get_delta_weight(_ADAPTER))
-            elif not self.tunes_adapter:
-                for key, parameter in module.named_parameters(recurse=False):
-                    parameter.copy_(getattr(source, key))
+            layer: Any = trained[name]
+            if hasattr(layer, "get_delta_weight"):
+                merged = layer.get_base_layer().weight + layer.get_delta_weight(_ADAPTER)
+                module.weight.copy_(merged)
 
     @torch.no_grad()
     def forward(self, ids: Tensor, view: RowsView, logits: bool) -> Tensor:
@@ -118,10 +95,9 @@ class PolicyWeights:
             "kv_view": view,
             "use_cache": False,
         }
-        with self.precision():
-            if not logits:
-                return self.served.base_model(**inputs).last_hidden_state
-            return self.served(**inputs, logits_to_keep=1).logits[:, -1]
+        if not logits:
+            return self.served.base_model(**inputs).last_hidden_state
+        return self.served(**inputs, logits_to_keep=1).logits[:, -1]
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Names and values of what learns; values are the live tensors."""
@@ -137,10 +113,3 @@ class PolicyWeights:
     def export(self, folder: Path) -> None:
         """Save the adapter where one is trained, else the whole model."""
         (self._peft or self.model).save_pretrained(folder)
-
-    def parameter_count(self) -> int:
-        return sum(math.prod(p.shape) for p in self.model.parameters())
-
-
-def _is_output(name: str) -> bool:
-    return name.rpartition(".")[2] in ("lm_head", "embed_out", "output")

@@ -6,7 +6,7 @@ softmax(logits / temperature) over the whole vocabulary, before top-p; temperatu
 token and reports the log-probability at temperature 1.
 """
 
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -48,9 +48,10 @@ def draw(logits: Tensor, asks: Sequence[Ask]) -> list[Draw]:
     logprobs = torch.log_softmax(logits.float() / scale, -1)
     tokens = _tokens(logprobs, asks)
     rows = torch.tensor([ask.row for ask in asks], device=logits.device)
-    chosen = logprobs[rows, tokens].tolist()
+    chosen: list[float] = logprobs[rows, tokens].tolist()
+    ids: list[int] = tokens.tolist()
     tops = _tops(logprobs, asks)
-    return [Draw(t, lp, top) for t, lp, top in zip(tokens.tolist(), chosen, tops, strict=True)]
+    return [Draw(i, lp, top) for i, lp, top in zip(ids, chosen, tops, strict=True)]
 
 
 def _tokens(logprobs: Tensor, asks: Sequence[Ask]) -> Tensor:
@@ -101,5 +102,7 @@ def _tops(logprobs: Tensor, asks: Sequence[Ask]) -> list[Sequence[tuple[int, flo
     if not wanted:
         return [()] * len(asks)
     values, tokens = logprobs.topk(min(wanted, logprobs.shape[1]), -1)
-    listed = [list(zip(t, v, strict=True)) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
+    ids: list[list[int]] = tokens.tolist()
+    lps: list[list[float]] = values.tolist()
+    listed = [list(zip(i, lp, strict=True)) for i, lp in zip(ids, lps, strict=True)]
     return [listed[ask.row][: ask.sampling.top_logprobs] for ask in asks]

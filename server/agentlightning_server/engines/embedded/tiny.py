@@ -11,7 +11,8 @@ from pathlib import Path
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "+ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -26,7 +27,7 @@ def make_tiny_model(
     kv_heads: int = 2,
     context: int = 2048,
 ) -> Path:
-    """Write the model and its tokenizer to `directory` and return it. The same seed gives the same weights."""
+    """Write the model and its tokenizer to `directory` and return it. Equal seeds give equal weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

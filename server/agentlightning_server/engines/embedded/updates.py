@@ -195,8 +195,8 @@ class Updater:
         rows = [i for i, (start, end) in enumerate(bounds) if matters[start:end].any()]
         if not rows:
             raise NothingToLearn(
-                f"none of the batch's {batch.rows} rows has an advantage, since every group earned equal rewards "
-                "throughout: use easier or harder tasks, more rollouts per task or a finer reward"
+                f"none of the batch's {batch.rows} rows has an advantage, since within each group all earned "
+                "the same: use easier or harder tasks, more rollouts per task or a finer reward"
             )
         return rows
 
@@ -204,28 +204,25 @@ class Updater:
         """Add the gradient of a stem and its chunks."""
         device = self._weights.device
         references = self._references(stem, arrays) if self._settings.kl_coefficient else None
-        with self._weights.precision():
-            state = stem_state(self._weights.model, stem, device)
-            for i, chunk in enumerate(stem.chunks):
-                entries = torch.from_numpy(chunk.entries).to(device)
-                logprobs = chunk_logprobs(
-                    self._weights.model, chunk, state, arrays.temperatures[entries], device
+        state = stem_state(self._weights.model, stem, device)
+        for i, chunk in enumerate(stem.chunks):
+            entries = torch.from_numpy(chunk.entries).to(device)
+            logprobs = chunk_logprobs(self._weights.model, chunk, state, arrays.temperatures[entries], device)
+            loss = self._loss(logprobs, entries, arrays, references[i] if references else None, sums)
+            if not torch.isfinite(loss):
+                raise TrainingDiverged(
+                    f"the loss of update {self.updates + 1} is {float(loss)}, and the weights were kept: "
+                    "lower learning_rate, or look for non-finite log-probabilities in the batch"
                 )
-                loss = self._loss(logprobs, entries, arrays, references[i] if references else None, sums)
-                if not torch.isfinite(loss):
-                    raise TrainingDiverged(
-                        f"the loss of update {self.updates + 1} is {float(loss)}: the weights were not changed; "
-                        "lower learning_rate, or look for non-finite log-probabilities in the batch"
-                    )
-                loss.backward()
-            if state is not None:
-                state.backward()
+            loss.backward()
+        if state is not None:
+            state.backward()
 
     @torch.no_grad()
     def _references(self, stem: Stem, arrays: _Arrays) -> list[Tensor]:
         """The base model's log-probabilities, chunk by chunk."""
         device = self._weights.device
-        with self._weights.reference() as model, self._weights.precision():
+        with self._weights.reference() as model:
             state = stem_state(model, stem, device)
             return [
                 chunk_logprobs(model, chunk, state, arrays.temperatures[chunk.entries], device)
