@@ -103,7 +103,10 @@ class ScriptedServer(SpanReceiver):
         request = Request(handler.path, headers, json.loads(body))
         replies = self.script[request.body["model"]]
         request.reply = replies.popleft() if replies else say("ok")
-        request.response_id = f"chatcmpl-{next(self._numbers)}"
+        number = next(self._numbers)
+        request.response_id = f"chatcmpl-{number}"
+        for tool_call in request.reply.message.get("tool_calls", []):
+            tool_call["id"] = f"{tool_call['id']}_{number}"
         self.requests.append(request)
         if request.reply.stall:
             self.stalled.set()

@@ -7,6 +7,7 @@ import gzip
 import json
 import threading
 from collections import deque
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
@@ -95,3 +96,21 @@ def send(handler: BaseHTTPRequestHandler, status: int, answer: bytes, **headers:
     handler.send_header("content-length", str(len(answer)))
     handler.end_headers()
     handler.wfile.write(answer)
+
+
+def without_ids_and_times(spans: list[Span]) -> list[Span]:
+    """The spans by name, without what differs from run to run; parents by name."""
+    names = {span.span_id: span.name for span in spans}
+    bare = [
+        replace(
+            span,
+            trace_id="",
+            span_id="",
+            parent_id=names.get(span.parent_id or "", span.parent_id),
+            start_ns=0,
+            end_ns=0,
+            events=tuple(replace(event, time_ns=0) for event in span.events),
+        )
+        for span in spans
+    ]
+    return sorted(bare, key=lambda span: (span.name, str(span.attributes)))
