@@ -8,12 +8,13 @@ without harm are.
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from agentlightning import errors, otlp
+from agentlightning import context, errors, otlp
 from agentlightning.types import (
     Attempt,
     AttemptStatus,
@@ -83,6 +84,19 @@ class LightningClient:
             timeout=httpx.Timeout(TIMEOUT_S, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
         )
+
+    @classmethod
+    def from_env(cls) -> LightningClient:
+        """A client of the server in AGENTLIGHTNING_URL, with the key in AGENTLIGHTNING_KEY.
+
+        Raises InvalidInput when one is not set.
+        """
+        url, key = os.environ.get(context.ENV_URL), os.environ.get(context.ENV_KEY)
+        if not url or not key:
+            raise errors.InvalidInput(
+                f"no server is known: set {context.ENV_URL} and {context.ENV_KEY}, as `agl serve` prints them"
+            )
+        return cls(url, key)
 
     def __enter__(self) -> LightningClient:
         return self

@@ -27,3 +27,7 @@ def main() -> None:
         sys.exit(f"agl: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
