@@ -342,11 +342,13 @@ def test_a_bare_call_is_a_trace_of_its_own(server: ScriptedServer) -> None:
 def test_agents_in_a_graph_have_their_names_and_places(server: ScriptedServer) -> None:
     helper = create_agent(model(server, "helper"), [], name="helper")
     unnamed = create_agent(model(server, "unnamed"), [])
+
+    def writer(state: Any) -> Any:
+        return {"messages": helper.invoke({"messages": state["messages"]})["messages"][-1:]}
+
     flow = graph(
         {
-            "writer": lambda state: {
-                "messages": helper.invoke({"messages": state["messages"]})["messages"][-1:]
-            },
+            "writer": writer,
             "critic": asks(model(server, "critic")),
             "as_node": helper,
             "nameless": unnamed,
