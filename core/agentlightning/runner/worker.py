@@ -144,6 +144,11 @@ class Worker:
             raise self._failure
 
     @property
+    def active(self) -> int:
+        """Number of attempts under way."""
+        return len(self._active)
+
+    @property
     def failure(self) -> BaseException | None:
         """What ended the background thread early, if anything did."""
         return self._failure
