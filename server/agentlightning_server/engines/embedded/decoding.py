@@ -28,7 +28,7 @@ from .sampling import Ask, Draw, draw
 Forward = Callable[[Tensor, RowsView, bool], Tensor]
 """(ids [B, T], view, whether logits are wanted) -> logits of the last position [B, V], or anything."""
 
-MAX_TRUNKS = 4
+MAX_TRUNKS = 8  # each costs a few small products per layer and step
 _FIRST_ROWS = 8
 _CAPACITY_STEP = 64  # tokens per row; capacity grows by at least half, rounded up to this
 
@@ -262,15 +262,19 @@ class Decoder:
             shared = worthwhile_prefix(
                 [Sequenced(tokens, n, self._covered([*tokens, -1])) for tokens, n in pending + reading]
             )
-            if shared is None:
+            if shared is None or not self._room_for_trunk():
                 return
             self._add_trunk(Trunk(list(shared), last_used=self._clock))
 
-    def _add_trunk(self, trunk: Trunk) -> None:
+    def _room_for_trunk(self) -> bool:
+        """Whether one more may be stored, after forgetting the one unused for longest if need be."""
         in_use = {id(lane.row.trunk) for lane in self._lanes}
         idle = [t for t in self._trunks if id(t) not in in_use and t.last_used < self._clock]
         if len(self._trunks) >= MAX_TRUNKS and idle:
             self._forget(min(idle, key=lambda t: t.last_used))
+        return len(self._trunks) < MAX_TRUNKS
+
+    def _add_trunk(self, trunk: Trunk) -> None:
         self._fill(trunk)
         self._trunks.append(trunk)
         for row in self._rows:
