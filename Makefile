@@ -21,7 +21,7 @@ SOURCES = core adapters server examples tests
 .PHONY: demo test check lint format types bench clean
 
 demo: $(DEMO_VENV)/ready
-	$(DEMO_VENV)/bin/python -m examples.calcx_math.train --seed $(SEED)
+	$(DEMO_VENV)/bin/python -m examples.calcx_math.train --seed $(SEED) --fresh
 
 test: $(VENV)/ready
 	$(PYTEST)

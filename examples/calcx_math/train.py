@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -45,6 +46,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=150, help="problems to evaluate on, at least 100")
     parser.add_argument("--concurrency", type=int, default=48, help="problems worked on at the same time")
     parser.add_argument("--output", type=Path, help="folder of the run; an existing run is resumed")
+    parser.add_argument("--fresh", action="store_true", help="start over where the folder holds a run")
     return parser.parse_args()
 
 
@@ -53,6 +55,8 @@ def main() -> None:
     began = time.monotonic()
     problems = load(args.subset, held_out=args.held_out)
     output: Path = args.output or Path("runs") / f"calcx-{args.subset}-seed{args.seed}"
+    if args.fresh:
+        shutil.rmtree(output, ignore_errors=True)
     learning = LearningSettings(
         air=AIR(rules=[tool_outcome("valid_call", VALID_CALL, ToolStatus.OK)], bound=VALID_CALL)
     )

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -185,19 +186,21 @@ def evaluate(
     agent: AgentArgument,
     tasks: TasksOption,
     model: ModelOption = DEFAULT_MODEL,
-    output: Annotated[Path, typer.Option(help="Folder of the evaluation.")] = Path("runs/eval"),
+    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint of a run to evaluate.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for evaluations.")] = Path("runs/eval"),
     timeout: Annotated[float, typer.Option(min=1, help="Seconds one attempt may take.")] = 600.0,
     concurrency: ConcurrencyOption = 16,
     tracer: TracerOption = "otel",
     as_json: JsonOption = False,
 ) -> None:
     """Run an agent on held-out tasks and print its mean reward with a 95 % interval."""
+    folder = output / time.strftime("%Y%m%d-%H%M%S")  # an evaluation never reuses another one's rollouts
     training = TrainSettings(
-        run_id=output.resolve().name, output=output, steps=0, limits=Limits(start_to_close_s=timeout)
+        run_id=f"eval-{folder.name}", output=folder, steps=0, limits=Limits(start_to_close_s=timeout)
     )
     runner = RunnerSettings(agent, concurrency, tracer)
     held_out = load_tasks(tasks, split="val")
-    _run(runner, training, EmbeddedSettings(model=model), Settings(port=0), [], held_out, as_json)
+    _run(runner, training, EmbeddedSettings(model=model), Settings(port=0), [], held_out, as_json, checkpoint)
 
 
 @app.command()
@@ -265,6 +268,7 @@ def _run(
     tasks: list[Task],
     held_out: list[Task],
     as_json: bool,
+    checkpoint: Path | None = None,
 ) -> None:
     with ProgressReporter(training.steps, console) as reporter:
         result = train_locally(
@@ -276,6 +280,7 @@ def _run(
             reporter=reporter,
             server=server,
             announce=None if runner else _announce,
+            checkpoint=checkpoint,
         )
     if as_json:
         typer.echo(json.dumps(_summary(result)))

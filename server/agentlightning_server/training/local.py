@@ -142,16 +142,20 @@ def train_locally(
     reporter: Reporter | None = None,
     server: Settings | None = None,
     announce: Callable[[LocalServer], None] | None = None,
+    checkpoint: Path | None = None,
 ) -> TrainResult:
     """Train an agent's policy on this machine; without a `runner`, on runners that connect from elsewhere.
 
-    With `training.steps` 0 the held-out tasks are evaluated and nothing is trained.
+    With `training.steps` 0 the held-out tasks are evaluated and nothing is trained. `checkpoint` is one to
+    start from, of another run.
     """
     training.output.mkdir(parents=True, exist_ok=True)
     settings = replace(server or Settings(port=0), database=training.output / "store.db", model=engine.policy)
     with local_server(load_engine(engine), settings) as running:
         if announce is not None:
             announce(running)
+        if checkpoint is not None:
+            running.engine.load(checkpoint)
         trainer = Trainer(running.engine, running.store, training, reporter)
         if runner is None:
             return trainer.run(train, held_out)

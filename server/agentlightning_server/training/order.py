@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 
@@ -20,3 +22,9 @@ def tasks_of_step(tasks: Sequence[Task], *, seed: int, step: int, count: int) ->
         random.Random(f"{seed}:{epoch}").shuffle(order)
         chosen.append(tasks[order[offset]])
     return chosen
+
+
+def digest_of(tasks: Sequence[Task]) -> str:
+    """A short hash of the tasks' ids and inputs, in order."""
+    text = json.dumps([[task.id, task.input] for task in tasks], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from agentlightning.errors import InvalidInput
 from agentlightning.types import Episode
 
 Phase = Literal["evaluate", "rollouts", "update", "checkpoint"]
@@ -92,10 +93,29 @@ class MetricsFile:
                 return EvalRecord(**row)
         return None
 
+    def steps(self) -> list[StepRecord]:
+        """All training steps of the run, in order."""
+        rows = [row for row in self.read() if row.pop("kind") == "step"]
+        return sorted((StepRecord(**row) for row in rows), key=lambda record: record.step)
+
     def read(self) -> list[dict[str, Any]]:
         if not self._path.exists():
             return []
         return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+
+
+def check_identity(path: Path, identity: Mapping[str, Any]) -> None:
+    """Write what a run is, or compare with what was written. Raises InvalidInput naming the differences."""
+    if not path.exists():
+        path.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+        return
+    written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name, value in identity.items() if written.get(name) != value]
+    if changed:
+        listed = ", ".join(f"{name} was {written.get(name)}, now {identity[name]}" for name in changed)
+        raise InvalidInput(
+            f"{path.parent} holds another run ({listed}): choose another output folder, or delete this one"
+        )
 
 
 def tool_call_share(episodes: Sequence[Episode]) -> float:

@@ -14,18 +14,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from agentlightning.bridge import Collected, LearningSettings, RolloutService, TrainerBridge, learnable_groups
 from agentlightning.errors import InvalidInput, NothingToLearn
 from agentlightning.types import Batch, Limits, Mode, Task
 from agentlightning_server.engines.base import Engine
-from agentlightning_server.training.order import tasks_of_step
+from agentlightning_server.training.order import digest_of, tasks_of_step
 from agentlightning_server.training.reporting import (
     EvalRecord,
     MetricsFile,
     Reporter,
     SilentReporter,
     StepRecord,
+    check_identity,
     mean_and_stderr,
     tool_call_share,
 )
@@ -64,7 +66,10 @@ class TrainSettings:
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a run came to. `before` and `after` are None without held-out tasks."""
+    """What a run came to, earlier parts of a resumed run included.
+
+    `before` and `after` are None without held-out tasks.
+    """
 
     steps: Sequence[StepRecord]
     before: EvalRecord | None
@@ -100,17 +105,38 @@ class Trainer:
         settings = self._settings
         if settings.steps and not train:
             raise InvalidInput("there are no training tasks")
+        check_identity(settings.output / "run.json", self._identity(train))
         start, checkpoint = self._resume()
-        records: list[StepRecord] = []
-        before = self.evaluate(held_out, 0) if held_out and start == 0 else self._metrics.evaluation(0)
-        latest = before
+        before = self._evaluated(held_out, 0) if start == 0 else self._metrics.evaluation(0)
         for step in range(start, settings.steps):
-            records.append(self._step(train, step))
-            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
-                checkpoint = self._save(step + 1)
-            if self._evaluates_after(step + 1) and held_out:
-                latest = self.evaluate(held_out, step + 1)
-        return TrainResult(records, before, latest if latest is not before else None, checkpoint)
+            self._step(train, step)
+            done = step + 1
+            if done % settings.checkpoint_every == 0 or done == settings.steps:
+                checkpoint = self._save(done)
+            if settings.eval_every and done % settings.eval_every == 0 and done < settings.steps:
+                self._evaluated(held_out, done)
+        after = self._evaluated(held_out, settings.steps) if settings.steps else None
+        return TrainResult(self._metrics.steps(), before, after, checkpoint)
+
+    def _evaluated(self, tasks: Sequence[Task], step: int) -> EvalRecord | None:
+        """The evaluation after `step` updates, also when an interrupted run had done it already."""
+        if not tasks:
+            return None
+        return self._metrics.evaluation(step) or self.evaluate(tasks, step)
+
+    def _identity(self, train: Sequence[Task]) -> dict[str, Any]:
+        """What must stay the same for a run to be continued."""
+        settings, learning = self._settings, self._settings.learning
+        return {
+            "model": self._engine.base_model,
+            "seed": settings.seed,
+            "tasks": digest_of(train),
+            "tasks_per_step": settings.tasks_per_step,
+            "group_size": settings.group_size,
+            "policy": learning.policy,
+            "estimator": str(learning.estimator),
+            "normalise": str(learning.normalisation),
+        }
 
     def evaluate(self, tasks: Sequence[Task], step: int) -> EvalRecord:
         """Run every task once with the current policy and record the mean final reward.
@@ -142,7 +168,7 @@ class Trainer:
     def _version(self) -> int:
         return self._engine.version(self._settings.learning.policy)
 
-    def _step(self, train: Sequence[Task], step: int) -> StepRecord:
+    def _step(self, train: Sequence[Task], step: int) -> None:
         settings = self._settings
         self._reporter.phase("rollouts", step)
         began = time.monotonic()
@@ -169,7 +195,6 @@ class Trainer:
         )
         self._metrics.write(record)
         self._reporter.stepped(record)
-        return record
 
     def _update(self, batch: Batch) -> Mapping[str, float]:
         """Update the policy, unless all advantages are zero; too many such steps in a row end the run."""
@@ -201,10 +226,6 @@ class Trainer:
         self._reporter.rollouts(done, total)
         if done < total:
             self.watch()
-
-    def _evaluates_after(self, done: int) -> bool:
-        every = self._settings.eval_every
-        return done == self._settings.steps or (every > 0 and done % every == 0)
 
     def _save(self, done: int) -> Path:
         self._reporter.phase("checkpoint", done)
