@@ -11,7 +11,7 @@ import json
 import random
 import re
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from typing import Any, Literal
 from agentlightning import Task
 from examples.calcx_math.calculator import evaluate, shown
 
-Subset = Literal["one-step", "svamp", "gsm8k", "sample"]
+Subset = Literal["easy", "one-step", "svamp", "gsm8k", "sample"]
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1].parent / "shared" / "data" / "calcx"
 HUB = {
@@ -43,10 +43,11 @@ class Problems:
     source: str
 
 
-def load(subset: Subset = "one-step", *, held_out: int = 200) -> Problems:
+def load(subset: Subset = "easy", *, held_out: int = 120) -> Problems:
     """Problems of a subset, split by story with a fixed seed. Each task's input is {"question", "answer"}.
 
-    "one-step": SVAMP problems with one operation; "svamp": all of SVAMP; "gsm8k": its own train and test
+    "easy": SVAMP problems with one operation and no number but its two; "one-step": with one operation;
+    "svamp": all of SVAMP; "gsm8k": its own train and test
     files; "sample": the generated problems that need no download. Without a network any subset falls back to
     the sample, and `source` says so.
     """
@@ -55,7 +56,7 @@ def load(subset: Subset = "one-step", *, held_out: int = 200) -> Problems:
     try:
         if subset == "gsm8k":
             return _gsm8k(held_out)
-        return _svamp(held_out, one_step=subset == "one-step")
+        return _svamp(held_out, subset)
     except OSError as error:
         problems = _sample(held_out)
         return Problems(
@@ -76,22 +77,30 @@ def _fetch(name: str) -> tuple[str, str]:
     return cached.read_text(encoding="utf-8"), HUB[name]
 
 
-def _svamp(held_out: int, *, one_step: bool) -> Problems:
+def _svamp(held_out: int, subset: Subset) -> Problems:
     text, source = _fetch("svamp.json")
-    tasks = [_svamp_task(row) for row in json.loads(text)]
-    chosen = [task for task, steps in tasks if steps == 1 or not one_step]
-    train, test = split_by_story(chosen, held_out)
+    rows = json.loads(text)
+    if subset != "svamp":
+        rows = [row for row in rows if len(re.findall(r" [-+*/] ", row["Equation"])) == 1]
+    tasks = [_svamp_task(row) for row in rows]
+    if subset == "easy":
+        tasks = [task for task in tasks if len(re.findall(r"\d+", question_of(task))) == 2]
+    train, test = split_by_story(tasks, held_out)
     return Problems(train, test, f"SVAMP, {source}")
 
 
-def _svamp_task(row: dict[str, Any]) -> tuple[Task, int]:
-    """(task, number of operations) of a SVAMP row."""
+def question_of(task: Task) -> str:
+    """The text of a problem."""
+    assert isinstance(task.input, Mapping)
+    return str(task.input["question"])
+
+
+def _svamp_task(row: dict[str, Any]) -> Task:
     body = row["Body"].strip()
     end = "" if body[-1] in ".?!," else ("," if row["Question"][0].islower() else ".")
     question = re.sub(r"\s+", " ", f"{body}{end} {row['Question'].strip()}")
     answer = shown(evaluate(str(row["Answer"])))
-    steps = len(re.findall(r" [-+*/] ", row["Equation"]))
-    return Task(str(row["ID"]), {"question": question, "answer": answer}), steps
+    return Task(str(row["ID"]), {"question": question, "answer": answer})
 
 
 def _gsm8k(held_out: int) -> Problems:
@@ -135,8 +144,7 @@ def _stories(tasks: Sequence[Task]) -> list[list[Task]]:
 
 
 def _words(task: Task) -> frozenset[str]:
-    assert isinstance(task.input, dict)
-    text = re.sub(r"\d[\d,.]*", "#", str(task.input["question"]))
+    text = re.sub(r"\d[\d,.]*", "#", question_of(task))
     return frozenset(re.sub(r"(?<=[^.?!] )[A-Z]\w+", "@", text).lower().replace(".", "").split())
 
 

@@ -22,10 +22,10 @@ from agentlightning import Task
 from agentlightning_server.cli.progress import ProgressReporter
 from agentlightning_server.training import EmbeddedSettings, RunnerSettings, TrainSettings, train_locally
 from examples.calcx_math.calculator import evaluate
-from examples.calcx_math.data import Subset, load
+from examples.calcx_math.data import Subset, load, question_of
 from examples.calcx_math.reward import number_in, same_number
 
-SUBSETS: tuple[Subset, ...] = ("one-step", "svamp", "gsm8k")
+SUBSETS: tuple[Subset, ...] = ("easy", "one-step", "svamp", "gsm8k")
 BASELINES = ("{a} + {b}", "{a} - {b}", "{b} - {a}", "{a} * {b}", "{a} / {b}")
 
 
@@ -36,7 +36,7 @@ def baseline(tasks: Sequence[Task], pattern: str) -> float:
 
 def _solves(task: Task, pattern: str) -> bool:
     assert isinstance(task.input, Mapping)
-    numbers = re.findall(r"\d+(?:\.\d+)?", str(task.input["question"]).replace(",", ""))
+    numbers = re.findall(r"\d+(?:\.\d+)?", question_of(task).replace(",", ""))
     wanted = number_in(str(task.input["answer"]))
     if len(numbers) < 2 or wanted is None:
         return False
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--agent", action="store_true", help="run the agent too")
     parser.add_argument("--checkpoint", type=Path, help="checkpoint of a training run; none: the base model")
-    parser.add_argument("--held-out", type=int, default=200)
+    parser.add_argument("--held-out", type=int, default=120)
     parser.add_argument("--output", type=Path, default=Path("runs/calcx-evaluate"))
     args = parser.parse_args()
     for subset in SUBSETS:

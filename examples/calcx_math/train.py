@@ -1,6 +1,6 @@
 """Train the calculator agent on word problems by reinforcement learning alone, and show what it learned.
 
-    python -m examples.calcx_math.train [--seed 0] [--steps 8] [--subset one-step]
+    python -m examples.calcx_math.train [--seed 0] [--steps 12] [--subset easy]
 
 Evaluates on held-out problems at the sampling temperature, trains by GRPO with one intermediate reward (a
 tool call that works), evaluates again. Writes the reward curve, the records and the checkpoint to the output
@@ -15,6 +15,7 @@ import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 from agentlightning.bridge import LearningSettings
 from agentlightning.learning import AIR
@@ -29,7 +30,7 @@ from agentlightning_server.training import (
     train_locally,
 )
 from agentlightning_server.training.plots import draw_curve
-from examples.calcx_math.data import load
+from examples.calcx_math.data import Subset, load
 
 VALID_CALL = 0.1  # reward of the calls whose tool ran; in all, however many there are
 
@@ -37,13 +38,13 @@ VALID_CALL = 0.1  # reward of the calls whose tool ran; in all, however many the
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=8, help="policy updates")
+    parser.add_argument("--steps", type=int, default=12, help="policy updates")
     parser.add_argument("--tasks-per-step", type=int, default=6)
     parser.add_argument("--group-size", type=int, default=8, help="rollouts per problem")
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--lora-rank", type=int, default=0, help="0 trains the full weights")
-    parser.add_argument("--subset", default="one-step", choices=["one-step", "svamp", "gsm8k", "sample"])
-    parser.add_argument("--held-out", type=int, default=150, help="problems to evaluate on, at least 100")
+    parser.add_argument("--subset", default="easy", choices=get_args(Subset))
+    parser.add_argument("--held-out", type=int, default=120, help="problems to evaluate on, at least 100")
     parser.add_argument("--concurrency", type=int, default=48, help="problems worked on at the same time")
     parser.add_argument("--output", type=Path, help="folder of the run; an existing run is resumed")
     parser.add_argument("--fresh", action="store_true", help="start over where the folder holds a run")

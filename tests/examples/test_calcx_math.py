@@ -141,6 +141,6 @@ def test_without_data_and_network_the_sample_is_used_and_named(monkeypatch: pyte
         raise OSError(f"no route to host for {name}")
 
     monkeypatch.setattr("examples.calcx_math.data._fetch", unreachable)
-    problems = load("one-step", held_out=10)
+    problems = load("easy", held_out=10)
     assert "generated sample" in problems.source
     assert "no route to host" in problems.source
