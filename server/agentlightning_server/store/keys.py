@@ -18,6 +18,9 @@ from .schema import keys
 from .spans import chunks
 from .writer import Changes
 
+_insert_key = keys.insert()
+_delete_key = keys.delete().where(keys.c.attempt_id == sa.bindparam("the_id"))
+
 
 class Scope(StrEnum):
     """ADMIN may do all; RUNNER takes and reports rollouts; ATTEMPT calls the model and writes own spans."""
@@ -44,17 +47,22 @@ def hash_key(key: str) -> str:
 def write_key(connection: sa.Connection, changes: Changes, principal: Principal, now_ns: int) -> str:
     """Make a key and store its hash."""
     key = new_key(str(principal.scope))
-    connection.execute(
-        keys.insert().values(
-            hash=hash_key(key),
-            scope=str(principal.scope),
-            rollout_id=principal.rollout_id,
-            attempt_id=principal.attempt_id,
-            created_ns=now_ns,
-        )
-    )
+    row = {
+        "hash": hash_key(key),
+        "scope": str(principal.scope),
+        "rollout_id": principal.rollout_id,
+        "attempt_id": principal.attempt_id,
+        "created_ns": now_ns,
+    }
+    connection.execute(_insert_key, row)
     changes.keys = True
     return key
+
+
+def drop_attempt_key(connection: sa.Connection, changes: Changes, attempt_id: str) -> None:
+    """The key of this attempt no longer works."""
+    connection.execute(_delete_key, {"the_id": attempt_id})
+    changes.ended_attempts.add(attempt_id)
 
 
 def drop_attempt_keys(connection: sa.Connection, changes: Changes, attempt_ids: Collection[str]) -> None:

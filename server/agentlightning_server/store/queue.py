@@ -21,7 +21,7 @@ from sqlalchemy.dialects.sqlite import insert
 from agentlightning.errors import Conflict, InvalidInput, NotFound
 from agentlightning.types import Attempt, AttemptStatus, Claim, Mode, Reward, Rollout, RolloutStatus
 
-from .keys import Principal, Scope, drop_attempt_keys, write_key
+from .keys import Principal, Scope, drop_attempt_key, drop_attempt_keys, write_key
 from .rows import Row, attempt_from_row, attempt_to_row, rollout_from_row, rollout_to_row
 from .schema import attempts, rollouts, spans
 from .spans import attempt_id_of, chunks, reward_span
@@ -38,7 +38,44 @@ DEADLINE_GRACE_S = (
 MAX_ERROR_CHARS = 32_768
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:~@=+-]{0,254}")
+
+# The statements of the hot path, made once: building them anew would take longer than running them.
 _insert_rollouts = insert(rollouts).on_conflict_do_nothing(index_elements=["id"])
+_insert_spans = insert(spans).on_conflict_do_nothing(index_elements=["trace_id", "span_id"])
+_insert_attempt = attempts.insert()
+_select_ready = (
+    sa.select(rollouts)
+    .where(rollouts.c.status == str(RolloutStatus.QUEUED), rollouts.c.available_ns <= sa.bindparam("now_ns"))
+    .order_by(rollouts.c.seq)
+    .limit(sa.bindparam("limit"))
+)
+_claim_rollout = (
+    rollouts.update()
+    .where(rollouts.c.id == sa.bindparam("the_id"), rollouts.c.status == str(RolloutStatus.QUEUED))
+    .values(status=str(RolloutStatus.RUNNING), attempts=rollouts.c.attempts + 1)
+)
+_select_attempt = sa.select(attempts).where(attempts.c.id == sa.bindparam("the_id"))
+_renew_lease = (
+    attempts.update()
+    .where(attempts.c.id == sa.bindparam("the_id"))
+    .values(lease_expires_ns=sa.bindparam("lease_expires_ns"))
+)
+_end_attempt = (
+    attempts.update()
+    .where(attempts.c.id == sa.bindparam("the_id"))
+    .values(status=sa.bindparam("status"), ended_ns=sa.bindparam("ended_ns"), error=sa.bindparam("error"))
+)
+_select_rollout = sa.select(rollouts).where(rollouts.c.id == sa.bindparam("the_id"))
+_move_rollout = (
+    rollouts.update()
+    .where(rollouts.c.id == sa.bindparam("the_id"))
+    .values(
+        status=sa.bindparam("status"),
+        failures=sa.bindparam("failures"),
+        available_ns=sa.bindparam("available_ns"),
+        ended_ns=sa.bindparam("ended_ns"),
+    )
+)
 
 
 def check_id(rollout_id: str) -> str:
@@ -72,16 +109,11 @@ def claim(
     connection: sa.Connection, changes: Changes, worker_id: str, limit: int, model: str, now_ns: int
 ) -> list[Claim]:
     """Lease up to `limit` rollouts, in the order they were queued."""
-    ready = (
-        sa.select(rollouts)
-        .where(rollouts.c.status == RolloutStatus.QUEUED, rollouts.c.available_ns <= now_ns)
-        .order_by(rollouts.c.seq)
-        .limit(limit)
-    )
+    ready = connection.execute(_select_ready, {"now_ns": now_ns, "limit": limit}).mappings().all()
     return [
         _claim_one(connection, changes, row, worker_id, model, now_ns)
-        for row in connection.execute(ready).mappings().all()
-        if _compare_and_set(connection, row["id"], RolloutStatus.QUEUED, RolloutStatus.RUNNING)
+        for row in ready
+        if connection.execute(_claim_rollout, {"the_id": row["id"]}).rowcount == 1
     ]
 
 
@@ -90,17 +122,6 @@ def next_ready_ns(connection: sa.Connection) -> int | None:
     return connection.scalar(
         sa.select(sa.func.min(rollouts.c.available_ns)).where(rollouts.c.status == RolloutStatus.QUEUED)
     )
-
-
-def _compare_and_set(
-    connection: sa.Connection, rollout_id: str, before: RolloutStatus, after: RolloutStatus
-) -> bool:
-    done = connection.execute(
-        rollouts.update()
-        .where(rollouts.c.id == rollout_id, rollouts.c.status == before)
-        .values(status=str(after), attempts=rollouts.c.attempts + 1)
-    )
-    return done.rowcount == 1
 
 
 def _claim_one(
@@ -118,7 +139,7 @@ def _claim_one(
         deadline_ns=now_ns + int(rollout.limits.start_to_close_s * 1e9),
         started_ns=now_ns,
     )
-    connection.execute(attempts.insert(), attempt_to_row(attempt))
+    connection.execute(_insert_attempt, attempt_to_row(attempt))
     key = write_key(connection, changes, Principal(Scope.ATTEMPT, rollout.id, attempt.id), now_ns)
     return Claim(rollout, attempt, key, model)
 
@@ -132,11 +153,8 @@ def heartbeat(
     if attempt.status is AttemptStatus.CANCELLED:
         return True
     _check_running(attempt)
-    connection.execute(
-        attempts.update()
-        .where(attempts.c.id == attempt_id)
-        .values(lease_expires_ns=now_ns + int(LEASE_S * 1e9))
-    )
+    renewed = {"the_id": attempt_id, "lease_expires_ns": now_ns + int(LEASE_S * 1e9)}
+    connection.execute(_renew_lease, renewed)
     return False
 
 
@@ -164,7 +182,7 @@ def finish(
     _check_running(attempt)
     rows = [reward_span(attempt.rollout_id, attempt_id, reward) for reward in rewards]
     if rows:
-        connection.execute(insert(spans).on_conflict_do_nothing(), [dict(row) for row in rows])
+        connection.execute(_insert_spans, [dict(row) for row in rows])
     _end(connection, changes, attempt, status, error, now_ns)
 
 
@@ -242,7 +260,7 @@ def retry_delay_s(failures: int, jitter: float) -> float:
 
 
 def _attempt(connection: sa.Connection, attempt_id: str) -> Attempt:
-    row = connection.execute(sa.select(attempts).where(attempts.c.id == attempt_id)).mappings().first()
+    row = connection.execute(_select_attempt, {"the_id": attempt_id}).mappings().first()
     if row is None:
         raise NotFound(f"there is no attempt {attempt_id!r:.300}")
     return attempt_from_row(row)
@@ -269,14 +287,15 @@ def _end(
     error: str | None,
     now_ns: int,
 ) -> None:
-    connection.execute(
-        attempts.update()
-        .where(attempts.c.id == attempt.id)
-        .values(status=str(status), ended_ns=now_ns, error=None if error is None else shorten(error))
-    )
-    drop_attempt_keys(connection, changes, [attempt.id])
-    query = sa.select(rollouts).where(rollouts.c.id == attempt.rollout_id)
-    rollout = connection.execute(query).mappings().one()
+    ended = {
+        "the_id": attempt.id,
+        "status": str(status),
+        "ended_ns": now_ns,
+        "error": None if error is None else shorten(error),
+    }
+    connection.execute(_end_attempt, ended)
+    drop_attempt_key(connection, changes, attempt.id)
+    rollout = connection.execute(_select_rollout, {"the_id": attempt.rollout_id}).mappings().one()
     if rollout["status"] == RolloutStatus.RUNNING:
         _move_on(connection, changes, rollout, status, now_ns)
 
@@ -285,18 +304,25 @@ def _move_on(
     connection: sa.Connection, changes: Changes, rollout: Row, status: AttemptStatus, now_ns: int
 ) -> None:
     failures = rollout["failures"] + (status not in (AttemptStatus.SUCCEEDED, AttemptStatus.CANCELLED))
-    values: dict[str, Any] = {"failures": failures}
+    available_ns = 0
     if status is AttemptStatus.SUCCEEDED:
-        values |= {"status": str(RolloutStatus.SUCCEEDED), "ended_ns": now_ns}
+        after = RolloutStatus.SUCCEEDED
     elif status is AttemptStatus.CANCELLED:
-        values |= {"status": str(RolloutStatus.QUEUED), "available_ns": 0}
+        after = RolloutStatus.QUEUED
     elif failures < rollout["max_attempts"] and rollout["mode"] != Mode.LIVE:
-        delay_ns = int(retry_delay_s(failures, random.random()) * 1e9)
-        values |= {"status": str(RolloutStatus.QUEUED), "available_ns": now_ns + delay_ns}
+        after = RolloutStatus.QUEUED
+        available_ns = now_ns + int(retry_delay_s(failures, random.random()) * 1e9)
     else:
-        values |= {"status": str(RolloutStatus.FAILED), "ended_ns": now_ns}
-    connection.execute(rollouts.update().where(rollouts.c.id == rollout["id"]).values(values))
-    if values.get("ended_ns"):
+        after = RolloutStatus.FAILED
+    moved = {
+        "the_id": rollout["id"],
+        "status": str(after),
+        "failures": failures,
+        "available_ns": available_ns,
+        "ended_ns": now_ns if after.final else None,
+    }
+    connection.execute(_move_rollout, moved)
+    if after.final:
         changes.final_rollouts.add(rollout["id"])
     else:
         changes.work = True

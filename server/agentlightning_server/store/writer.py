@@ -158,14 +158,16 @@ def _attempt(
     connection: sa.Connection, write: _Write[Any], changes: Changes
 ) -> tuple[Any, AgentLightningError | None]:
     own = Changes()
-    connection.exec_driver_sql("SAVEPOINT one")
+    # Straight to the driver: through SQLAlchemy these would cost as much as the write itself.
+    cursor = connection.connection.cursor()
+    cursor.execute("SAVEPOINT one")
     try:
         result = write.run(connection, own)
     except AgentLightningError as refusal:
-        connection.exec_driver_sql("ROLLBACK TO one")
-        connection.exec_driver_sql("RELEASE one")
+        cursor.execute("ROLLBACK TO one")
+        cursor.execute("RELEASE one")
         return None, refusal
-    connection.exec_driver_sql("RELEASE one")
+    cursor.execute("RELEASE one")
     changes.add(own)
     return result, None
 
