@@ -125,7 +125,12 @@ class _Server(uvicorn.Server):
         self.ready.set()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)
+        """The first signal ends gracefully, the second at once.
+
+        uvicorn's own would raise the signal again at the end, and so keep the caller from closing the store.
+        """
+        self.force_exit = self.should_exit
+        self.should_exit = True
         self.release()
 
     def stop(self) -> None:
