@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from agentlightning.types import live_rollout_id
+
 if TYPE_CHECKING:
     from agentlightning.tracing.base import Tracer
     from agentlightning.types import Reward
@@ -50,7 +52,15 @@ class ActiveRollout:
 class SpanRef:
     """Names a span, as the parent of what happens under it; `closed` once it has ended."""
 
-    __slots__ = ("agent_name", "closed", "is_agent_run", "parent", "span_id", "trace_id")
+    __slots__ = (
+        "agent_name",
+        "attached_rollout_id",
+        "closed",
+        "is_agent_run",
+        "parent",
+        "span_id",
+        "trace_id",
+    )
 
     def __init__(self, trace_id: str, span_id: str, parent: SpanRef | None = None) -> None:
         self.trace_id = trace_id
@@ -59,7 +69,13 @@ class SpanRef:
         self.agent_name: str | None = None
         """The agent at work in it, for the spans under it."""
         self.is_agent_run = False
+        self.attached_rollout_id: str | None = None
         self.closed = False
+
+    @property
+    def rollout_id(self) -> str:
+        """The rollout that the span belongs to; the live one of its trace where none was given."""
+        return self.attached_rollout_id or live_rollout_id(self.trace_id)
 
     @property
     def traceparent(self) -> str:
@@ -99,8 +115,10 @@ def current_rollout() -> ActiveRollout | None:
 
 def _rollout_from_environment() -> ActiveRollout | None:
     rollout_id = os.environ.get(ENV_ROLLOUT_ID)
+    if not rollout_id:
+        return None
     attempt_id = os.environ.get(ENV_ATTEMPT_ID)
-    if not rollout_id or not attempt_id:
+    if not attempt_id:
         return None
     url = os.environ.get(ENV_URL, "").rstrip("/")
     return ActiveRollout(

@@ -17,6 +17,7 @@ from typing import Final, cast
 
 from agentlightning.types import Json, JsonObject, Message
 
+_dump: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str).encode
 _PLACED: Final = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"})
 
 
@@ -46,10 +47,6 @@ def messages_from_json(text: str) -> list[dict[str, Json]]:
         if isinstance(item, Mapping)
         for message in from_parts(cast("JsonObject", item))
     ]
-
-
-def _dump(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
 # --- writing -------------------------------------------------------------------------------------

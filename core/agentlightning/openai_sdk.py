@@ -104,7 +104,9 @@ def request_headers(url: str) -> dict[str, str]:
     target = _origin(url)
     if target not in (_origin(active.base_url if active else ""), _origin(server_url())) or not target:
         return {}
-    headers = {} if span is None else {TRACEPARENT: span.traceparent}
+    headers = dict[str, str]()
+    if span is not None:
+        headers = {TRACEPARENT: span.traceparent, semconv.HEADER_TRACEPARENT: span.traceparent}
     if active is not None:
         headers[semconv.HEADER_ROLLOUT] = active.rollout_id
         headers[semconv.HEADER_ATTEMPT] = active.attempt_id

@@ -66,3 +66,5 @@ SCOPE_REWARD: Final = "agentlightning.reward"
 
 HEADER_ROLLOUT: Final = "x-agentlightning-rollout"
 HEADER_ATTEMPT: Final = "x-agentlightning-attempt"
+HEADER_TRACEPARENT: Final = "x-agentlightning-traceparent"
+"""The same as `traceparent`, which instrumentations of HTTP clients overwrite with spans that we never see."""

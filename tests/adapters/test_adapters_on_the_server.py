@@ -23,7 +23,7 @@ import agentlightning_langchain
 from agentlightning.client import LightningClient
 from agentlightning.reading.episodes import read_episode
 from agentlightning.tracing import configure, get_tracer, trace
-from agentlightning.types import Episode, ToolStatus, live_rollout_id
+from agentlightning.types import Episode, ToolStatus
 from agentlightning_langchain import LightningCallbackHandler
 from agentlightning_server.engines.base import Completion, Engine, Sampling
 
@@ -147,7 +147,7 @@ def test_an_autogen_agent_that_runs_by_itself_can_be_learned_from(stage: Stage, 
         with trace("task") as task:
             await agent.run(task="1+2?")
         await client.close()
-        return live_rollout_id(task.trace_id)
+        return task.rollout_id
 
     rollout_id = asyncio.run(main())
     stage.client.add_reward(rollout_id, 0.5)

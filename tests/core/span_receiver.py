@@ -25,6 +25,7 @@ class SpanReceiver:
         self.spans: list[Span] = []
         self.headers: list[dict[str, str]] = []
         self.answers: deque[tuple[int, bytes]] = deque()
+        self.max_bytes = 2**30
         self.hold = threading.Event()
         self.hold.set()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -55,6 +56,8 @@ class SpanReceiver:
             answer = b"{}"
         if headers.get("content-encoding") == "gzip":
             body = gzip.decompress(body)
+        if len(body) > self.max_bytes:
+            return 413, b""
         is_json = headers.get("content-type", "").startswith("application/json")
         self.spans.extend(spans_from_request(json.loads(body) if is_json else _protobuf_as_json(body)))
         return 200, answer if is_json else b""

@@ -132,6 +132,16 @@ def test_each_retry_names_the_same_span(server: ScriptedServer) -> None:
     assert [identity(request)[2] for request in server.requests] == [task.traceparent] * 2
 
 
+def test_the_span_survives_an_instrumentation_of_the_http_client(server: ScriptedServer) -> None:
+    def overwrite(request: Any) -> None:
+        request.headers["traceparent"] = f"00-{'e' * 32}-{'f' * 16}-01"
+
+    http_client = openai.DefaultHttpxClient(event_hooks={"request": [overwrite]})
+    with client(server, http_client=http_client) as sdk, trace("task") as task:
+        plain(sdk)
+    assert server.requests[0].headers[semconv.HEADER_TRACEPARENT] == task.traceparent
+
+
 def test_without_a_rollout_and_a_span_a_request_is_untouched(server: ScriptedServer) -> None:
     with client(server) as sdk:
         plain(sdk)

@@ -21,7 +21,7 @@ from agentlightning.errors import InvalidInput
 from agentlightning.tracing import NoTracer, Tracer, build_tracer, configure, get_tracer, set_tracer, trace
 from agentlightning.tracing.light import LightTracer
 from agentlightning.tracing.sender import HttpSender
-from agentlightning.types import SpanKind, SpanStatus
+from agentlightning.types import SpanKind, SpanStatus, live_rollout_id
 
 both = pytest.mark.parametrize("name", ["otel", "light"])
 
@@ -167,6 +167,17 @@ def test_a_batch_that_is_too_large_is_halved() -> None:
         assert len(receiver.headers) == 3
 
 
+@both
+def test_long_conversations_are_sent_in_requests_that_the_server_takes(name: str) -> None:
+    with SpanReceiver() as receiver, started(name, receiver) as tracer:
+        receiver.max_bytes = 10 * 2**20
+        for i in range(30):
+            tracer.start_span(str(i), attributes={"history": "x" * 2**20}).end()
+        assert tracer.flush(30)
+        assert len(receiver.spans) == 30
+        assert tracer.dropped == 0
+
+
 def test_an_unreachable_server_costs_the_batch_after_a_while_only() -> None:
     with SpanReceiver() as receiver:
         gone = receiver.url
@@ -227,6 +238,15 @@ def test_what_cannot_be_configured_is_refused(url: str, name: Any) -> None:
             configure(url, tracer=name)
     finally:
         set_tracer(before)
+
+
+@both
+def test_a_span_names_its_rollout_or_the_live_one_of_its_trace(name: str) -> None:
+    with SpanReceiver() as receiver, started(name, receiver) as tracer:
+        live = tracer.start_span("x").ref
+        assert live.rollout_id == live_rollout_id(live.trace_id)
+        with use_rollout(ActiveRollout("r", "r-1")):
+            assert tracer.start_span("y").ref.rollout_id == "r"
 
 
 def test_a_rollouts_own_tracer_wins_over_the_process() -> None:

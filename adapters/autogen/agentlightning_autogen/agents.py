@@ -17,16 +17,16 @@ SCOPE: Final = "agentlightning.autogen"
 
 
 @guarded
-def _start(name: str) -> SpanHandle | None:
+def _start(name: str, *, inner: bool = False) -> SpanHandle | None:
+    """The span of a run, unless an `inner` entry point is reached within the agent's own run."""
     tracer = get_tracer()
     around = open_span()
-    if not tracer.enabled or _runs(around, name):
+    if not tracer.enabled or (inner and _runs(around, name)):
         return None
     return start_agent(tracer, Where(SCOPE), around, name=name)
 
 
 def _runs(around: SpanRef | None, name: str) -> bool:
-    """Whether the span around is this agent's run: a run enters by several of the functions wrapped here."""
     return around is not None and around.is_agent_run and around.agent_name == name
 
 
@@ -55,11 +55,13 @@ def wrap_run(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable
     return run
 
 
-def wrap_run_stream(original: Callable[..., AsyncGenerator[Any]]) -> Callable[..., AsyncGenerator[Any]]:
+def wrap_run_stream(
+    original: Callable[..., AsyncGenerator[Any]], *, inner: bool = False
+) -> Callable[..., AsyncGenerator[Any]]:
     @functools.wraps(original)
     async def run_stream(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
         stream = original(self, *args, **kwargs)
-        span = _start(self.name)
+        span = _start(self.name, inner=inner)
         if span is None:
             async for item in stream:
                 yield item
@@ -76,6 +78,13 @@ def wrap_run_stream(original: Callable[..., AsyncGenerator[Any]]) -> Callable[..
         span.end()
 
     return run_stream
+
+
+def wrap_on_messages_stream(
+    original: Callable[..., AsyncGenerator[Any]],
+) -> Callable[..., AsyncGenerator[Any]]:
+    """What a run and a turn in a team end up in, and what code may call by itself."""
+    return wrap_run_stream(original, inner=True)
 
 
 def wrap_invoke_agent_span(

@@ -40,7 +40,7 @@ def instrument() -> None:
     _patches.wrap(FunctionTool, "run", tools.wrap_function_tool_run)
     _patches.wrap(BaseChatAgent, "run", agents.wrap_run)
     _patches.wrap(BaseChatAgent, "run_stream", agents.wrap_run_stream)
-    _patches.wrap(AssistantAgent, "on_messages_stream", agents.wrap_run_stream)
+    _patches.wrap(AssistantAgent, "on_messages_stream", agents.wrap_on_messages_stream)
     _patches.wrap(BaseGroupChat, "run_stream", agents.wrap_run_stream)
     _patches.wrap(container, "trace_invoke_agent_span", agents.wrap_invoke_agent_span)
 

@@ -25,7 +25,7 @@ from agentlightning.tracing import SpanHandle, get_tracer
 from agentlightning.tracing.genai import Where, end_llm, end_tool, start_agent, start_llm, start_tool
 from agentlightning.tracing.guard import guarded
 from agentlightning.tracing.process import end_with_error
-from agentlightning.types import ToolStatus, live_rollout_id
+from agentlightning.types import ToolStatus
 from agentlightning_langchain.convert import chat_messages, llm_response
 from agentlightning_langchain.runs import Run, agent_name, graph_agent_name, node_path, owner, place
 from agentlightning_langchain.toolmessages import (
@@ -364,10 +364,7 @@ def _scope(span: SpanRef | None) -> str:
 
 
 def _rollout_id(root: Run) -> str | None:
-    active = current_rollout()
-    if active is not None:
-        return active.rollout_id
-    return None if root.span is None else live_rollout_id(root.span.ref.trace_id)
+    return None if root.span is None else root.span.ref.rollout_id
 
 
 def _is_control_flow(error: BaseException) -> bool:

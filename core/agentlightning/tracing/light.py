@@ -72,6 +72,7 @@ class LightSpan:
         self._start = start
         active = current_rollout()
         self._identity = (None, None) if active is None else (active.rollout_id, active.attempt_id)
+        ref.attached_rollout_id = self._identity[0]
 
     def set(self, attributes: Attributes) -> None:
         if not self.ref.closed:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import atexit
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from opentelemetry import trace
@@ -33,6 +33,7 @@ from agentlightning.tracing.sender import DELAY_S, EXIT_TIMEOUT_S, MAX_BATCH, MA
 from agentlightning.tracing.values import clean_attributes, clean_text
 from agentlightning.types import Attributes, SpanKind, SpanStatus
 
+MAX_REQUEST_BYTES: Final = 4 * 2**20  # the server takes 20 MiB; texts may need more bytes than characters
 _KINDS: Final = {kind: trace.SpanKind[kind.name] for kind in SpanKind}
 _STATUSES: Final = {status: StatusCode[status.name] for status in SpanStatus}
 _SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
@@ -44,11 +45,12 @@ class OTelSpan:
 
     __slots__ = ("_span", "ref")
 
-    def __init__(self, span: trace.Span, parent: SpanRef | None) -> None:
+    def __init__(self, span: trace.Span, parent: SpanRef | None, rollout_id: str | None) -> None:
         context = span.get_span_context()
         trace_id, span_id = trace.format_trace_id(context.trace_id), trace.format_span_id(context.span_id)
         self._span = span
         self.ref = SpanRef(trace_id, span_id, parent)
+        self.ref.attached_rollout_id = rollout_id
 
     def set(self, attributes: Attributes) -> None:
         if not self.ref.closed:
@@ -102,16 +104,17 @@ class OTelTracer:
         start_ns: int | None = None,
         scope: str = SCOPE,
     ) -> OTelSpan:
+        identity = _identity()
         span = self._tracer(scope).start_span(
             clean_text(name),
             context=Context() if parent is None else _context(parent),
             kind=_KINDS[kind],
-            attributes={**_attributes(attributes), **_identity()},
+            attributes={**_attributes(attributes), **identity},
             links=_links() if parent is None else None,
             start_time=start_ns,
             record_exception=False,
         )
-        return OTelSpan(span, parent)
+        return OTelSpan(span, parent, identity.get(semconv.ROLLOUT_ID))
 
     def flush(self, timeout_s: float = 5.0) -> bool:
         sent = _within(timeout_s, self._processor.force_flush)
@@ -195,6 +198,11 @@ class _CountingExporter(SpanExporter):
         self.failed = 0
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        results = [self._export(part) for part in _parts(spans)]
+        succeeded = all(result is SpanExportResult.SUCCESS for result in results)
+        return SpanExportResult.SUCCESS if succeeded else SpanExportResult.FAILURE
+
+    def _export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         result = SpanExportResult.FAILURE
         try:
             result = self._inner.export(spans)
@@ -206,6 +214,22 @@ class _CountingExporter(SpanExporter):
 
     def shutdown(self) -> None:
         self._inner.shutdown()
+
+
+def _parts(spans: Sequence[ReadableSpan]) -> Iterator[Sequence[ReadableSpan]]:
+    """The spans in requests of about MAX_REQUEST_BYTES, for a batch is counted in spans, not bytes."""
+    part: list[ReadableSpan] = []
+    size = 0
+    for span in spans:
+        values = (span.attributes or {}).values()
+        more = sum(len(value) for value in values if isinstance(value, (str, bytes)))
+        if part and size + more > MAX_REQUEST_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(span)
+        size += more
+    if part:
+        yield part
 
 
 def _http_exporter(url: str, key: str) -> SpanExporter:

@@ -103,7 +103,7 @@ def trace(name: str, attributes: Attributes = NO_ATTRIBUTES) -> Generator[SpanRe
     """Everything inside is one trace, so one live rollout where no rollout is given.
 
     Needed only where one task makes several agent runs or bare model calls, or where a reward is emitted
-    after them. `types.live_rollout_id(ref.trace_id)` names the rollout for rewards that come later.
+    after them. Its `rollout_id` is for rewards that come later.
     """
     around = context.open_span()
     span = get_tracer().start_span(name, parent=around, attributes=attributes)

@@ -58,7 +58,7 @@ def to_json(value: object) -> str:
     Never raises: what cannot be written at all gives its type's name in angle brackets.
     """
     try:
-        return json.dumps(value, default=_plain, ensure_ascii=False, separators=(",", ":"))
+        return _encode(value)
     except (TypeError, ValueError, RecursionError):
         return json.dumps(f"<{type(value).__name__}>")
 
@@ -75,3 +75,6 @@ def _plain(value: object) -> object:
     if isinstance(value, type):
         return value.__qualname__
     return str(value)
+
+
+_encode: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_plain).encode

@@ -66,7 +66,8 @@ def _caller(request: Request, who: Principal) -> Caller:
     attempt = request.path_params.get("attempt") or request.headers.get(semconv.HEADER_ATTEMPT)
     guard_attempt(who, rollout, attempt)
     rollout, attempt = rollout or who.rollout_id, attempt or who.attempt_id
-    return Caller.of(request.headers.get("traceparent"), rollout, attempt)
+    traceparent = request.headers.get(semconv.HEADER_TRACEPARENT) or request.headers.get("traceparent")
+    return Caller.of(traceparent, rollout, attempt)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer | None:
