@@ -44,7 +44,7 @@ async def sample_all(
     engine: EmbeddedEngine, prompts: Sequence[Sequence[int]], **sampling: Any
 ) -> list[Completion]:
     """One completion per prompt, asked for together; the i-th with seed i unless one is given."""
-    options = [{"max_tokens": 12, "seed": i} | sampling for i in range(len(prompts))]
+    options: list[dict[str, Any]] = [{"max_tokens": 12, "seed": i} | sampling for i in range(len(prompts))]
     calls = [engine.generate(p, Sampling(**o), "policy") for p, o in zip(prompts, options, strict=True)]
     return await asyncio.gather(*calls)
 
@@ -73,7 +73,7 @@ def make_batch(
     *,
     temperatures: Sequence[float] | None = None,
 ) -> Batch:
-    """A batch of one episode per row; each row is its pieces end to end, every response token weighs the same."""
+    """One episode per row, its pieces end to end; every response token weighs the same."""
     ids: list[int] = []
     mask: list[bool] = []
     old: list[float] = []

@@ -8,11 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-from agentlightning.errors import InvalidInput, NotFound, PromptTooLong, Unavailable
-from agentlightning_server.engines.base import Completion, Sampling
-from agentlightning_server.engines.embedded import EmbeddedEngine
-from agentlightning_server.engines.embedded.sampling import Ask, draw
 from tests.server.embedded_support import (
     batch_of,
     plain_logprobs,
@@ -22,6 +17,11 @@ from tests.server.embedded_support import (
     some_tokens,
     tiny_engine,
 )
+
+from agentlightning.errors import InvalidInput, NotFound, PromptTooLong, Unavailable
+from agentlightning_server.engines.base import Completion, Sampling
+from agentlightning_server.engines.embedded import EmbeddedEngine
+from agentlightning_server.engines.embedded.sampling import Ask, draw
 
 TOLERANCE = 2e-5  # natural log; float32 sums in another order
 
@@ -59,7 +59,9 @@ def mixed_prompts() -> list[list[int]]:
     return prompts + prompts[:6] + prompts[:3]
 
 
-def test_logprobs_of_a_shared_batch_are_those_of_each_prompt_alone(engine: EmbeddedEngine, plain: Any) -> None:
+def test_logprobs_of_a_shared_batch_are_those_of_each_prompt_alone(
+    engine: EmbeddedEngine, plain: Any
+) -> None:
     prompts = mixed_prompts()
     check_logprobs(plain, prompts, sampled(engine, prompts))
     assert engine.stats.rows < engine.stats.drawn  # equal prompts did share rows
@@ -180,7 +182,7 @@ def test_a_should_stop_that_raises_fails_its_own_request_only(engine: EmbeddedEn
     def broken(tokens: Sequence[int]) -> bool:
         raise ZeroDivisionError
 
-    async def both() -> list[Completion | BaseException]:
+    async def both() -> tuple[Completion | BaseException, ...]:
         bad = engine.generate(some_tokens(1, 9), Sampling(5, should_stop=broken), "policy")
         good = engine.generate(some_tokens(1, 9), Sampling(5), "policy")
         return await asyncio.gather(bad, good, return_exceptions=True)
@@ -192,7 +194,7 @@ def test_a_should_stop_that_raises_fails_its_own_request_only(engine: EmbeddedEn
 
 def test_a_completion_ends_at_the_context_limit(engine: EmbeddedEngine) -> None:
     prompt = some_tokens(7, engine.context_length - 3)
-    completion = sampled(engine, [prompt], max_tokens=50, should_stop=lambda tokens: False)[0]
+    completion = sampled(engine, [prompt], max_tokens=50)[0]
     assert len(completion.token_ids) <= 3
 
 

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-import os
+from itertools import takewhile
 
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.server.embedded_support import some_tokens
 
 from agentlightning_server.engines.embedded.placement import (
     MIN_TRUNK,
@@ -11,14 +12,15 @@ from agentlightning_server.engines.embedded.placement import (
     common_prefix,
     worthwhile_prefix,
 )
-from tests.server.embedded_support import some_tokens
 
 tokens = st.lists(st.integers(0, 2), max_size=40)
 
 
 @given(tokens, tokens)
-def test_common_prefix_is_what_commonprefix_says(a: list[int], b: list[int]) -> None:
-    assert common_prefix(a, b) == len(os.path.commonprefix([a, b]))
+def test_common_prefix_counts_equal_leading_tokens(a: list[int], b: list[int]) -> None:
+    assert common_prefix(a, b) == sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+    )
 
 
 def reader(history: list[int], weight: int = 1, covered: int = 0) -> Sequenced:

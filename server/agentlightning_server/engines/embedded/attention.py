@@ -34,7 +34,10 @@ def install(model: PreTrainedModel) -> None:
     """Route the model's attention through views. Raises InvalidInput for attention that a view cannot do."""
     AttentionInterface.register(IMPLEMENTATION, _attention)
     config: Any = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) is not None
+    kinds = set(
+        getattr(config, "layer_types", None) or ["sliding_attention" if windowed else "full_attention"]
+    )
     if kinds - {"full_attention"}:
         raise InvalidInput(
             f"the embedded engine decodes full attention only, and {config.model_type} has layers of kind "

@@ -211,7 +211,7 @@ class Updater:
             loss = self._loss(logprobs, entries, arrays, references[i] if references else None, sums)
             if not torch.isfinite(loss):
                 raise TrainingDiverged(
-                    f"the loss of update {self.updates + 1} is {float(loss)}, and the weights were kept: "
+                    f"the loss of update {self.updates + 1} is {loss.item()}, and the weights were kept: "
                     "lower learning_rate, or look for non-finite log-probabilities in the batch"
                 )
             loss.backward()
