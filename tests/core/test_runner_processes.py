@@ -14,8 +14,12 @@ from tests.support.stores import StoreServer, blocked, queued, store_server
 from tests.support.waiting import wait_until
 
 from agentlightning import semconv
+from agentlightning.client import LightningClient
 from agentlightning.runner import Worker
 from agentlightning.types import AttemptStatus, Rollout, RolloutStatus, Task
+from agentlightning_server.app import create_app, serve_in_thread
+from agentlightning_server.settings import Settings
+from agentlightning_server.store import Store
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process groups are tested on Linux")
 
@@ -152,6 +156,24 @@ def test_attempts_outlive_a_killed_launcher_by_no_moment_and_the_next_ones_run(
         (tmp_path / "file").touch()
         assert server.store.wait(["launched"], 30)[0].status is RolloutStatus.SUCCEEDED
     assert "launches attempts died" in (server.store.attempts("launched")[0].error or "")
+
+
+def test_a_worker_and_its_attempt_survive_a_restart_of_the_server(tmp_path: Path) -> None:
+    settings = Settings(database=tmp_path / "s.db", admin_key="k")
+    with Store(settings.database) as store, serve_in_thread(create_app(store, settings=settings)) as first:
+        store.enqueue([todo("survivor", "wait_for_file", tmp_path, attempts=1)])
+        client = LightningClient(first.url, "k")
+        worker = Worker(client, AGENT, heartbeat_s=0.1).start()
+        pids_of(tmp_path)
+    (tmp_path / "file").touch()
+    port = int(first.url.rsplit(":", 1)[1])
+    with (
+        Store(settings.database) as store,
+        serve_in_thread(create_app(store, settings=settings), port=port),
+        client,
+    ):
+        assert [r.status for r in store.wait(["survivor"], 60)] == [RolloutStatus.SUCCEEDED]
+        worker.close()
 
 
 # --- the worker as a process ---------------------------------------------------------------------

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.support.stores import StoreServer, plain_span, queued, store_server
+from tests.support.waiting import wait_until
 
 from agentlightning.types import AttemptStatus, RolloutStatus, live_rollout_id
 from agentlightning.wire import rollout_to_json
@@ -191,6 +193,19 @@ def test_leases_run_out_on_the_server_by_themselves(server: StoreServer) -> None
     server.store._submit(lambda connection, _: connection.exec_driver_sql(sql)).result()  # pyright: ignore[reportPrivateUsage]
     (ended,) = server.store.wait(["leased"], 20)
     assert ended.status is RolloutStatus.FAILED
+
+
+def test_work_claimed_for_a_worker_that_hung_up_goes_back(server: StoreServer) -> None:
+    server.store.claim("drain", 100)
+    host, port = server.url.removeprefix("http://").split(":")
+    body = b'{"worker_id": "gone", "wait_s": 30}'
+    head = f"POST /api/claims HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_until(lambda: server.store.waiting_for_work_count == 1)
+    server.store.enqueue([queued("handed")])
+    (claim,) = post(server, "/api/claims", {"worker_id": "here", "wait_s": 20}).json()["claims"]
+    assert claim["rollout"]["id"] == "handed"
 
 
 def test_wrong_methods_are_405_and_health_is_open(server: StoreServer) -> None:

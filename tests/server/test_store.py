@@ -489,6 +489,24 @@ def test_a_write_that_breaks_the_transaction_fails_alone(tmp_path: Path) -> None
         assert store.counts() == {"succeeded": 2}
 
 
+def test_a_full_disk_acknowledges_nothing_and_is_survived(tmp_path: Path) -> None:
+    def limit(pages: int) -> None:
+        sql = f"PRAGMA max_page_count = {pages}"
+        store._submit(lambda connection, _: connection.exec_driver_sql(sql)).result()  # pyright: ignore[reportPrivateUsage]
+
+    large = [plain_span(i, "r", attributes={"text": "x" * 10_000}) for i in range(100)]
+    with Store(tmp_path / "s.db") as store:
+        store.enqueue([queued("r")])
+        store.claim("w")
+        limit(30)
+        with pytest.raises(StoreError, match="free disk space"):
+            store.add_spans(large)
+        assert list(store.spans("r")) == []
+        limit(1_000_000)
+        store.add_spans(large)
+        assert len(store.spans("r")) == 100
+
+
 def test_a_closed_store_says_so(tmp_path: Path) -> None:
     store = Store(tmp_path / "s.db")
     store.close()

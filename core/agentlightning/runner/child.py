@@ -8,6 +8,7 @@ killing the process, an outcome is written, after its spans were sent.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import json
 import os
@@ -48,6 +49,7 @@ def run_attempt(agent: Agent, claim: Claim, server_url: str, outcome_path: Path)
     tracer = set_tracer(None)
     if tracer is not None:  # the agent had something to record
         tracer.flush(FLUSH_S)
+    _flush_application_spans()
     write_outcome(outcome_path, outcome)
 
 
@@ -104,6 +106,15 @@ def _set_environment(claim: Claim, server_url: str, base_url: str) -> None:
             "AGENTLIGHTNING_MODEL": claim.model,
         }
     )
+
+
+def _flush_application_spans() -> None:
+    """The application's own exporters would flush at exit, which this process does not reach."""
+    api = sys.modules.get("opentelemetry.trace")
+    flush = getattr(api.get_tracer_provider(), "force_flush", None) if api is not None else None
+    if callable(flush):
+        with contextlib.suppress(Exception):
+            flush(int(FLUSH_S * 1000))
 
 
 def _reseed() -> None:

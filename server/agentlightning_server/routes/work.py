@@ -61,14 +61,29 @@ class Work:
             with self._store.waiting_for_work() as work:
                 claims = await asyncio.wrap_future(self._store.submit_claim(worker_id, limit, self._model))
                 left = deadline - time.monotonic()
-                if claims or left <= 0:
-                    return claims
+                if claims:
+                    return await self._handed_over(request, worker_id, claims)
+                if left <= 0:
+                    return ()
                 retry_s = await asyncio.to_thread(self._store.seconds_to_retry)
                 pause = left if retry_s is None else min(left, max(MIN_RETRY_WAIT_S, retry_s))
                 await self._polling.wait(work, pause)
-            # Nothing may be leased to a worker that hung up: it would be lost until the lease runs out.
             if await request.is_disconnected():
                 return ()
+
+    async def _handed_over(
+        self, request: Request, worker_id: str, claims: Sequence[Claim]
+    ) -> Sequence[Claim]:
+        """The claims, unless the worker has hung up: then they go back instead of waiting for their lease."""
+        if not await request.is_disconnected():
+            return claims
+        for claim in claims:
+            await asyncio.wrap_future(
+                self._store.submit_finish(
+                    claim.attempt.id, worker_id, AttemptStatus.CANCELLED, "the worker hung up while claiming"
+                )
+            )
+        return ()
 
     async def heartbeat(self, request: Request) -> Response:
         """Renew the lease; tells whether to give up."""

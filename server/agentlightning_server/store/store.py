@@ -279,6 +279,11 @@ class Store:
         with self._work.subscribe() as future:
             yield future
 
+    @property
+    def waiting_for_work_count(self) -> int:
+        """Number of workers that wait for work."""
+        return self._work.waiting
+
     def seconds_to_retry(self) -> float | None:
         """Seconds until a queued rollout becomes claimable; None when none is queued."""
         ready_ns = self._read(queue.next_ready_ns)

@@ -87,6 +87,11 @@ class Signal:
             with self._lock:
                 self._futures.discard(future)
 
+    @property
+    def waiting(self) -> int:
+        """Number of subscribers."""
+        return len(self._futures)
+
     def announce(self) -> None:
         with self._lock:
             futures, self._futures = self._futures, set()
