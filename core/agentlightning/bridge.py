@@ -87,6 +87,12 @@ class Collected:
         rewards = [e.final_reward for e in self.episodes if e.final_reward is not None]
         return sum(rewards) / len(rewards) if rewards else float("nan")
 
+    @property
+    def mean_return(self) -> float:
+        """As `mean_reward`, with the intermediate rewards."""
+        returns = [e.total_return for e in self.episodes if e.final_reward is not None]
+        return sum(returns) / len(returns) if returns else float("nan")
+
 
 class TrainerBridge:
     """Collects rollouts for one training run and turns them into batches."""

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     Indices: TypeAlias = NDArray[np.int32]
     Mask: TypeAlias = NDArray[np.bool_]
 
-Json: TypeAlias = "None | bool | int | float | str | Sequence[Json] | Mapping[str, Json]"
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 JsonObject: TypeAlias = "Mapping[str, Json]"
 AttributeValue: TypeAlias = (
-    "None | bool | int | float | str | bytes | Sequence[AttributeValue] | Mapping[str, AttributeValue]"
+    "bool | int | float | str | bytes | Sequence[AttributeValue] | Mapping[str, AttributeValue] | None"
 )
 Attributes: TypeAlias = "Mapping[str, AttributeValue]"
 Message: TypeAlias = "Mapping[str, Json]"
@@ -354,6 +354,11 @@ class Episode:
     agent_runs: Sequence[AgentRun] = ()
     untrainable: Sequence[str] = ()
     """One sentence for each call of the policy that could not become a transition, saying why."""
+
+    @property
+    def total_return(self) -> float:
+        """The final reward, 0 where there is none, plus the intermediate ones."""
+        return (self.final_reward or 0.0) + sum(t.reward for t in self.transitions)
 
 
 @dataclass(frozen=True, slots=True)

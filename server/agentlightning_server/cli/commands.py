@@ -297,6 +297,7 @@ def _summary(result: TrainResult) -> dict[str, Any]:
             else {
                 "reward": round(record.reward, 4),
                 "stderr": round(record.stderr, 4),
+                "return": round(record.mean_return, 4),
                 "tool_calls": round(record.tool_calls, 4),
                 "held_out": record.held_out,
             }

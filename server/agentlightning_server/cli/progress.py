@@ -64,8 +64,8 @@ class ProgressReporter:
         speed = record.sampled_tokens / max(record.rollout_s, 1e-9)
         self._console.print(
             f"step {record.step + 1:>3}/{self._steps}  reward {record.reward:.3f}  "
-            f"tool calls {record.tool_calls:.2f}  groups with a difference "
-            f"{record.mixed_groups}/{record.groups}  {speed:.0f} tok/s  "
+            f"return {record.mean_return:.3f}  tool calls {record.tool_calls:.2f}  "
+            f"mixed groups {record.mixed_groups}/{record.groups}  {speed:.0f} tok/s  "
             f"rollouts {record.rollout_s:.1f} s  update {record.update_s:.1f} s  "
             f"left {self._left(record.step + 1)}",
             highlight=False,
@@ -75,6 +75,7 @@ class ProgressReporter:
     def evaluated(self, record: EvalRecord) -> None:
         self._console.print(
             f"held out after {record.step} updates: reward {record.reward:.3f} ± {1.96 * record.stderr:.3f}  "
+            f"return {record.mean_return:.3f} ± {1.96 * record.return_stderr:.3f}  "
             f"tool calls {record.tool_calls:.2f}  ({record.held_out} tasks, {record.seconds:.0f} s)",
             highlight=False,
         )

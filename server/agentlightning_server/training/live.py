@@ -155,6 +155,7 @@ class LiveTrainer:
             step=self._updates - 1,
             version=self._version,
             reward=sum(rewards) / len(rewards),
+            mean_return=sum(episode.total_return for episode in episodes) / len(episodes),
             episodes=len(episodes),
             groups=1,
             mixed_groups=int(bool(metrics)),

@@ -17,12 +17,13 @@ Phase = Literal["evaluate", "rollouts", "update", "checkpoint"]
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One training step. Rewards are final rewards, without intermediate ones."""
+    """One training step. `reward` is the mean final reward, `mean_return` has the intermediate ones too."""
 
     step: int
     version: int
     """Policy version after the update."""
     reward: float
+    mean_return: float
     episodes: int
     groups: int
     mixed_groups: int
@@ -38,18 +39,25 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class EvalRecord:
-    """One evaluation on held-out tasks, sampled at the agent's own temperature."""
+    """One evaluation on held-out tasks, sampled at the agent's own temperature.
+
+    `reward` is the mean final reward; `mean_return` adds the intermediate rewards.
+    """
 
     step: int
     version: int
     reward: float
     stderr: float
     """Standard error of the mean reward over tasks."""
+    mean_return: float
+    return_stderr: float
     tool_calls: float
     held_out: int
     seconds: float
     rewards: Mapping[str, float] = field(default_factory=dict[str, float])
     """Final reward by task id."""
+    returns: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Return by task id."""
     problems: Mapping[str, int] = field(default_factory=dict[str, int])
 
 

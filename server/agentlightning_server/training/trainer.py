@@ -146,18 +146,23 @@ class Trainer:
         self._reporter.phase("evaluate", step)
         began = time.monotonic()
         collected = self._collect(tasks, step, group_size=1, mode=Mode.VAL)
-        rewards = {str(e.task_id): e.final_reward or 0.0 for e in collected.episodes}
-        values = [rewards.get(task.id, 0.0) for task in tasks]
-        mean, stderr = mean_and_stderr(values)
+        earned = {str(e.task_id): e for e in collected.episodes if e.final_reward is not None}
+        rewards = {t.id: earned[t.id].final_reward or 0.0 if t.id in earned else 0.0 for t in tasks}
+        returns = {t.id: earned[t.id].total_return if t.id in earned else 0.0 for t in tasks}
+        mean, stderr = mean_and_stderr(list(rewards.values()))
+        mean_return, return_stderr = mean_and_stderr(list(returns.values()))
         record = EvalRecord(
             step=step,
             version=self._version,
             reward=mean,
             stderr=stderr,
+            mean_return=mean_return,
+            return_stderr=return_stderr,
             tool_calls=tool_call_share(collected.episodes) * len(collected.episodes) / len(tasks),
             held_out=len(tasks),
             seconds=time.monotonic() - began,
-            rewards={task.id: rewards.get(task.id, 0.0) for task in tasks},
+            rewards=rewards,
+            returns=returns,
             problems=dict(collected.problems),
         )
         self._metrics.write(record)
@@ -183,6 +188,7 @@ class Trainer:
             step=step,
             version=self._version,
             reward=collected.mean_reward,
+            mean_return=collected.mean_return,
             episodes=len(collected.episodes),
             groups=groups,
             mixed_groups=mixed,
