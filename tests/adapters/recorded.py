@@ -70,6 +70,7 @@ class Recorded:
                 semconv.TOOL_STATUS
             ]
             for span in self.tools
+            if semconv.TOOL_CALL_ID in span.attributes
         }
 
     def assert_joined(self, answered: int | None = None) -> None:

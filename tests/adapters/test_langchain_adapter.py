@@ -75,6 +75,12 @@ def validates(x: str) -> str:
 
 
 @tool
+def delegates(x: str) -> str:
+    """Calls another tool with arguments that do not fit."""
+    return str(add.invoke({"a": x}))
+
+
+@tool
 def soft(x: str, tool_call_id: Annotated[str, InjectedToolCallId]) -> ToolMessage:
     """Reports its failure instead of raising it."""
     return ToolMessage(f"no {x}", tool_call_id=tool_call_id, status="error")
@@ -232,11 +238,12 @@ def test_every_way_a_tool_call_ends_is_told_apart(server: ScriptedServer) -> Non
             ("add", {"a": "z"}),
             ("validates", {"x": "z"}),
             ("soft", {"x": "luck"}),
+            ("delegates", {"x": "z"}),
         ),
         say("done"),
     )
     chat = model(server)
-    tools: list[BaseTool] = [add, boom, validates, soft]
+    tools: list[BaseTool] = [add, boom, validates, soft, delegates]
     flow = graph(
         {
             "model": asks(chat.bind_tools(tools)),
@@ -246,6 +253,11 @@ def test_every_way_a_tool_call_ends_is_told_apart(server: ScriptedServer) -> Non
     )
     flow.invoke(GO, config=config())
     seen = Recorded(server)
+    (inner,) = [span for span in seen.tools if semconv.TOOL_CALL_ID not in span.attributes]
+    assert (seen.parent(inner), inner.attributes[semconv.TOOL_STATUS]) == (
+        "execute_tool delegates",
+        "bad_arguments",
+    )
     assert seen.tool_statuses() == {
         "add_0": "ok",
         "boom_1": "raised",
@@ -253,6 +265,7 @@ def test_every_way_a_tool_call_ends_is_told_apart(server: ScriptedServer) -> Non
         "add_3": "bad_arguments",
         "validates_4": "raised",
         "soft_5": "raised",
+        "delegates_6": "raised",
     }
     broken = seen.one("execute_tool boom")
     assert (broken.status, broken.status_message) == (SpanStatus.ERROR, "tool broke q")
@@ -790,8 +803,6 @@ from langchain_openai import ChatOpenAI
 from langchain.agents import create_agent
 chat = ChatOpenAI(model="m", base_url=sys.argv[1], api_key="k")
 create_agent(chat, [], name="unmodified").invoke({"messages": [("user", "go")]})
-loaded = [m for m in sys.modules if m.startswith("opentelemetry")]
-print(loaded if "plain" in sys.argv else "")
 """
 
 
@@ -812,6 +823,27 @@ def test_opentelemetry_instrument_records_an_unmodified_script(tracer: str, tmp_
         names = sorted(span.name for span in server.spans)
         assert "traceparent" in server.requests[0].headers
     assert names == ["chat m", "invoke_agent unmodified"]
+
+
+def test_the_light_tracer_works_where_opentelemetry_cannot_be_imported(tmp_path: Any) -> None:
+    code = """
+        import sys
+        sys.modules["opentelemetry"] = None
+        import agentlightning_langchain
+        agentlightning_langchain.instrument()
+    """
+    (script := tmp_path / "agent.py").write_text(textwrap.dedent(code) + AGENT_SCRIPT)
+    with ScriptedServer() as server:
+        done = subprocess.run(
+            [sys.executable, str(script), server.openai_url],
+            env={**os.environ, ENV_URL: server.url, ENV_TRACER: "light"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert sorted(span.name for span in server.spans) == ["chat m", "invoke_agent unmodified"]
 
 
 def test_the_entry_point_names_the_instrumentor() -> None:
