@@ -14,12 +14,14 @@ import threading
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Annotated, Any
+from uuid import uuid4
 
 import pytest
 from langchain.agents import create_agent
 from langchain_core.callbacks import get_usage_metadata_callback
-from langchain_core.messages import HumanMessage, ToolMessage
+from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
+from langchain_core.outputs import LLMResult
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda, chain
 from langchain_core.tools import BaseTool, InjectedToolCallId, tool
@@ -658,8 +660,6 @@ def test_an_interrupt_is_not_an_error_and_the_resumed_run_goes_on(server: Script
 def test_runs_whose_end_never_comes_do_not_pile_up(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from uuid import uuid4
-
     monkeypatch.setattr(recorder, "MAX_RUNS", 3)
     handler_ = LightningCallbackHandler()
     ids = [uuid4() for _ in range(5)]
@@ -672,6 +672,21 @@ def test_runs_whose_end_never_comes_do_not_pile_up(
     assert [span.status_message for span in seen.llm] == ["LangChain reported no end of this run"] * 2 + [
         "late"
     ] * 3
+
+
+def test_a_failed_tool_without_an_id_is_not_recorded_twice(server: ScriptedServer) -> None:
+    """LangChain 0.3 tells a tool's call id only with its result, so not when it fails."""
+    hooks = LightningCallbackHandler()
+    root, failing, asking = uuid4(), uuid4(), uuid4()
+    asked_for = AIMessage("", tool_calls=[{"name": "boom", "args": {"x": "q"}, "id": "c1"}])
+    history = [asked_for, ToolMessage("it broke", tool_call_id="c1", name="boom", status="error")]
+    hooks.on_chain_start({}, {}, run_id=root, name="calc")
+    hooks.on_tool_start({"name": "boom"}, "{}", run_id=failing, parent_run_id=root)
+    hooks.on_tool_error(RuntimeError("it broke"), run_id=failing)
+    hooks.on_chat_model_start({}, [history], run_id=asking, parent_run_id=root)
+    hooks.on_llm_end(LLMResult(generations=[[]]), run_id=asking)
+    hooks.on_chain_end({}, run_id=root)
+    assert [span.attributes[semconv.TOOL_STATUS] for span in Recorded(server).tools] == ["raised"]
 
 
 # --- the handler ---------------------------------------------------------------------------------

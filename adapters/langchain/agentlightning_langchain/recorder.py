@@ -241,6 +241,7 @@ class Recorder:
         )
         self._opened(run, span)
         self._make_current(run, span)
+        run.identified = tool_call_id is not None
         self._seen.add(_scope(span.ref), tool_call_id)
         return _rollout_id(run) if run.parent is None else None
 
@@ -262,6 +263,9 @@ class Recorder:
             run.span.event("interrupted")
             run.span.end()
             return
+        agent = owner(run.parent)
+        if agent is not None and not run.identified:
+            agent.unidentified[run.name or "tool"] += 1
         end_tool(
             run.span, ToolStatus.BAD_ARGUMENTS if refused_arguments(error) else ToolStatus.RAISED, error=error
         )
@@ -270,8 +274,13 @@ class Recorder:
         self, run: Run, parent: SpanRef | None, where: Where, calls: Iterable[FoundCall]
     ) -> None:
         """Record tool calls that had no event of their own, beside the model call that shows them."""
+        agent = owner(run)
         for call in calls:
-            if self._seen.add(_scope(parent), call.call_id):
+            if not self._seen.add(_scope(parent), call.call_id):
+                continue
+            if call.error is not None and agent is not None and agent.unidentified[call.name] > 0:
+                agent.unidentified[call.name] -= 1
+            else:
                 span = start_tool(
                     run.tracer, where, parent, name=call.name, arguments=call.arguments, call_id=call.call_id
                 )

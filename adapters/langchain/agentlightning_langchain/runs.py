@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 from uuid import UUID
@@ -22,6 +23,7 @@ class Run:
         "agent_name",
         "before",
         "id",
+        "identified",
         "is_graph",
         "metadata",
         "name",
@@ -34,6 +36,7 @@ class Run:
         "start_ns",
         "streamed",
         "tracer",
+        "unidentified",
         "unwatch",
     )
 
@@ -56,8 +59,12 @@ class Run:
         self.is_graph = False
         self.agent_name: str | None = None
         self.streamed = False
+        self.identified = False
+        """On a tool run: whether its call id is known."""
         self.offered: frozenset[str] = frozenset()
         """Names of the tools that the agent's last model call could choose from."""
+        self.unidentified: Counter[str] = Counter()
+        """On an agent run: failed tool calls by name that had no id, which LangChain 0.3 leaves out."""
         self.opened: SpanRef | None = None
         """What this run made the open span, to be taken back at its end."""
         self.before: SpanRef | None = None
