@@ -19,7 +19,7 @@ from uuid import uuid4
 import pytest
 from langchain.agents import create_agent
 from langchain_core.callbacks import get_usage_metadata_callback
-from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.outputs import LLMResult
 from langchain_core.prompts import ChatPromptTemplate
@@ -679,7 +679,10 @@ def test_a_failed_tool_without_an_id_is_not_recorded_twice(server: ScriptedServe
     hooks = LightningCallbackHandler()
     root, failing, asking = uuid4(), uuid4(), uuid4()
     asked_for = AIMessage("", tool_calls=[{"name": "boom", "args": {"x": "q"}, "id": "c1"}])
-    history = [asked_for, ToolMessage("it broke", tool_call_id="c1", name="boom", status="error")]
+    history: list[BaseMessage] = [
+        asked_for,
+        ToolMessage("it broke", tool_call_id="c1", name="boom", status="error"),
+    ]
     hooks.on_chain_start({}, {}, run_id=root, name="calc")
     hooks.on_tool_start({"name": "boom"}, "{}", run_id=failing, parent_run_id=root)
     hooks.on_tool_error(RuntimeError("it broke"), run_id=failing)

@@ -188,7 +188,9 @@ class Recorder:
             return
         self._close(run)
         end_llm(run.span, llm_response(response))
-        message = getattr(response.generations[0][0], "message", None) if response.generations else None
+        message = next(
+            (getattr(g, "message", None) for choices in response.generations for g in choices), None
+        )
         for call in (*getattr(message, "tool_calls", ()), *getattr(message, "invalid_tool_calls", ())):
             self._seen.asked_again(_scope(run.span.ref), call["id"])
         where = Where(SCOPE, run.span.ref.agent_name, node_path(run.metadata))
