@@ -64,6 +64,38 @@ def test_train_doctor_and_eval_work_on_one_run(tmp_path: Path) -> None:
     assert json.loads(evaluated.stdout)["before"]["held_out"] == 5
 
 
+def test_runners_elsewhere_serve_a_training_run(tmp_path: Path) -> None:
+    model = str(make_tiny_model(tmp_path / "m"))
+    log = tmp_path / "log"
+    command = [*AGL, "train", "--tasks", tasks(tmp_path, "train.jsonl", 2), "--model", model, "--json"]
+    command += [
+        "--steps",
+        "1",
+        "--tasks-per-step",
+        "1",
+        "--group-size",
+        "2",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    with log.open("w") as errors:
+        trainer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    runner = None
+    try:
+        wait_until(lambda: "--key" in log.read_text(), timeout_s=60)
+        found = re.search(r"--server (\S+) --key (\S+)", log.read_text())
+        assert found is not None
+        runner = subprocess.Popen([*AGL, "run", SAY_E, "--server", found[1], "--key", found[2]], cwd=ROOT)
+        output, _ = trainer.communicate(timeout=120)
+        assert json.loads(output)["steps"] == 1
+    finally:
+        trainer.kill()
+        trainer.wait()
+        if runner is not None:
+            runner.send_signal(signal.SIGTERM)
+            assert runner.wait(30) == 0
+
+
 def test_serve_prints_how_to_reach_it_and_ends_on_a_signal(tmp_path: Path) -> None:
     model = str(make_tiny_model(tmp_path / "m"))
     log = tmp_path / "log"

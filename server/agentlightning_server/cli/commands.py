@@ -28,7 +28,7 @@ from agentlightning.types import Limits, Rollout, Task
 from agentlightning_server.cli.progress import ProgressReporter
 from agentlightning_server.engines.embedded.settings import DEFAULT_MODEL, EmbeddedSettings
 from agentlightning_server.settings import Settings
-from agentlightning_server.store import RolloutFilter, Store
+from agentlightning_server.store import Principal, RolloutFilter, Scope, Store
 from agentlightning_server.training.live import LiveSettings, LiveTrainer
 from agentlightning_server.training.local import (
     LocalServer,
@@ -279,7 +279,7 @@ def _run(
             held_out=held_out,
             reporter=reporter,
             server=server,
-            announce=None if runner else _announce,
+            announce=None if runner else _call_for_runners,
             checkpoint=checkpoint,
         )
     if as_json:
@@ -307,23 +307,28 @@ def _summary(result: TrainResult) -> dict[str, Any]:
     }
 
 
+def _say(line: str) -> None:
+    """A line that can be copied: not coloured, not wrapped."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def _announce(server: LocalServer) -> None:
-    console.print(f"serving {server.engine.base_model} at {server.url}/v1", highlight=False)
-    console.print(
-        f"  export AGENTLIGHTNING_URL={server.url} AGENTLIGHTNING_KEY={server.key}", highlight=False
-    )
-    console.print(
-        f"  export OPENAI_BASE_URL={server.url}/v1 OPENAI_API_KEY={server.key}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    _say(f"serving {server.engine.base_model} at {server.url}/v1")
+    _say(f"  export AGENTLIGHTNING_URL={server.url} AGENTLIGHTNING_KEY={server.key}")
+    _say(f"  export OPENAI_BASE_URL={server.url}/v1 OPENAI_API_KEY={server.key}")
+
+
+def _call_for_runners(server: LocalServer) -> None:
+    """How to start a runner elsewhere, with a key that is good for nothing else."""
+    key = server.store.mint_key(Principal(Scope.RUNNER))
+    _say(f"serving {server.engine.base_model} at {server.url}; start runners with")
+    _say(f"  agl run MODULE:FUNCTION --server {server.url} --key {key}")
 
 
 def _show_update(record: StepRecord) -> None:
-    console.print(
+    _say(
         f"version {record.version}: learned from {record.episodes} live rollouts, "
-        f"mean reward {record.reward:.3f}",
-        highlight=False,
+        f"mean reward {record.reward:.3f}"
     )
 
 
