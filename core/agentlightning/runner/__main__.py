@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from queue import SimpleQueue
 
 from agentlightning import context
 from agentlightning.client import LightningClient
@@ -39,10 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
                 isolation=options.isolation,
                 grace_s=options.grace,
             )
-            _stop_on_signals(worker)
             if options.with_parent:
                 threading.Thread(target=_stop_with_parent, args=(worker,), daemon=True).start()
-            worker.run()
+            _run_until_signalled(worker)
     except AgentLightningError as error:
         print(error, file=sys.stderr)
         return 1
@@ -72,16 +72,30 @@ def _stop_with_parent(worker: Worker) -> None:
     worker.stop(at_once=True)
 
 
-def _stop_on_signals(worker: Worker) -> None:
-    asked = 0
+def _run_until_signalled(worker: Worker) -> None:
+    """Run the worker in a thread, stop it at a signal, end it at the second. Raises what ended it early.
 
-    def stop(_number: int, _frame: object) -> None:
-        nonlocal asked
-        asked += 1
-        worker.stop(at_once=asked > 1)
+    The handlers only put into a queue that is safe to use there: one that took the worker's lock could be
+    running in the very thread that is about to wait for its news.
+    """
+    ended: SimpleQueue[bool] = SimpleQueue()
+
+    def signalled(_number: int, _frame: object) -> None:
+        ended.put(False)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+        signal.signal(number, signalled)
+    threading.Thread(target=_run, args=(worker, ended), daemon=True).start()
+    at_once = False
+    while not ended.get():
+        worker.stop(at_once=at_once)
+        at_once = True
+    worker.close()
+
+
+def _run(worker: Worker, ended: SimpleQueue[bool]) -> None:
+    worker.start().join()
+    ended.put(True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from typing import Literal, Protocol
 
 from agentlightning.client import LightningClient
 from agentlightning.errors import (
-    AgentLightningError,
     Conflict,
     InvalidInput,
     NotFound,
@@ -115,6 +114,7 @@ class Worker:
                 finally:
                     self.stop()
                     self._drain()
+            heart.join()  # it may be in the middle of a request
         finally:
             self.stop()
             self._executor.close()
@@ -128,18 +128,22 @@ class Worker:
     def stop(self, *, at_once: bool = False) -> None:
         """Claim no more; `run` returns when the attempts under way have ended or the grace period has.
 
-        `at_once` is no grace. Safe in a signal handler.
+        `at_once` is no grace. Not for signal handlers: it takes a lock.
         """
         with self._changed:
             self._stopping = True
             self._hurry |= at_once
             self._changed.notify_all()
 
+    def join(self) -> None:
+        """Wait for the end of the background thread."""
+        if self._thread is not None:
+            self._thread.join()
+
     def close(self) -> None:
         """Stop and wait for the end of the background thread. Raises what ended it early."""
         self.stop()
-        if self._thread is not None:
-            self._thread.join()
+        self.join()
         if self._failure is not None:
             raise self._failure
 
@@ -259,7 +263,7 @@ class Worker:
                     continue
                 try:
                     self._renew(entry)
-                except AgentLightningError as error:
+                except Exception as error:  # whatever it is, the next beat may go through
                     logger.warning("leases were not renewed: %s", error)
                     break
 
