@@ -447,6 +447,49 @@ def test_an_application_that_samples_costs_no_training_data() -> None:
         assert [span.name for span in receiver.spans] == ["kept"]
 
 
+@pytest.mark.parametrize("limit", ["max_span_attribute_length=10", "max_span_attributes=1"])
+def test_an_application_that_cuts_its_spans_costs_no_training_data(limit: str) -> None:
+    with SpanReceiver() as receiver:
+        in_an_application(
+            f"""
+            from opentelemetry.sdk.trace import SpanLimits
+            install(span_limits=SpanLimits({limit}))
+            get_tracer().start_span("whole", attributes={{"text": "x" * 100, "more": 1}}).end()
+            get_tracer().flush()
+            print("null")
+            """,
+            receiver,
+        )
+        assert receiver.spans[0].attributes == {"text": "x" * 100, "more": 1}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ("OTEL_TRACES_SAMPLER", "always_off"),
+        ("OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", "10"),
+        ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "1"),
+        ("OTEL_SDK_DISABLED", "true"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20theirs,x-collector-key=secret"),
+    ],
+    ids=lambda setting: setting[0],
+)
+def test_settings_of_the_applications_own_telemetry_do_not_apply_to_ours(
+    setting: tuple[str, str],
+) -> None:
+    with SpanReceiver() as receiver:
+        run_python(
+            """
+            from agentlightning.tracing import get_tracer
+            get_tracer().start_span("whole", attributes={"text": "x" * 100, "more": 1}).end()
+            """,
+            **{ENV_URL: receiver.url, ENV_KEY: "ours", ENV_TRACER: "otel", setting[0]: setting[1]},
+        )
+        assert receiver.spans[0].attributes == {"text": "x" * 100, "more": 1}
+        assert receiver.headers[0]["authorization"] == "Bearer ours"
+        assert "x-collector-key" not in receiver.headers[0]
+
+
 def test_an_unfinished_trace_ends_with_the_error() -> None:
     from agentlightning.tracing import capture_spans
 

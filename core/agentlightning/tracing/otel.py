@@ -19,8 +19,9 @@ from typing import Any, Final
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, Status, StatusCode, TraceFlags
 
 from agentlightning import semconv
@@ -37,6 +38,18 @@ MAX_REQUEST_BYTES: Final = 4 * 2**20  # the server takes 20 MiB; texts may need 
 _KINDS: Final = {kind: trace.SpanKind[kind.name] for kind in SpanKind}
 _STATUSES: Final = {status: StatusCode[status.name] for status in SpanStatus}
 _SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
+_NO_LIMITS: Final = SpanLimits(
+    max_attributes=SpanLimits.UNSET,
+    max_span_attributes=SpanLimits.UNSET,
+    max_event_attributes=SpanLimits.UNSET,
+    max_events=SpanLimits.UNSET,
+    max_attribute_length=SpanLimits.UNSET,
+    max_span_attribute_length=SpanLimits.UNSET,
+)
+_ATTRIBUTES: Final = 48  # more than any span of ours has
+_SENT_HEADERS: Final = frozenset(
+    {"content-type", "content-encoding", "content-length", "user-agent", "accept", "accept-encoding"}
+)
 _SAMPLES_ALL: Final = ("AlwaysOnSampler", "ParentBased{root:AlwaysOnSampler")
 
 
@@ -82,7 +95,12 @@ class OTelTracer:
 
     def __init__(self, url: str = "", key: str = "", *, exporter: SpanExporter | None = None) -> None:
         self._processor = OurSpans(exporter or _http_exporter(url, key))
-        self._own = TracerProvider(resource=Resource(_attributes(default_resource())), shutdown_on_exit=False)
+        self._own = TracerProvider(
+            resource=Resource(_attributes(default_resource())),
+            sampler=ALWAYS_ON,
+            span_limits=_NO_LIMITS,
+            shutdown_on_exit=False,
+        )
         self._own.add_span_processor(self._processor)
         self._provider: object = None
         self._tracers: dict[str, trace.Tracer] = {}
@@ -142,14 +160,15 @@ class OTelTracer:
                 return
             self._chosen = self._own
             if isinstance(provider, TracerProvider):
-                if provider.sampler.get_description().startswith(_SAMPLES_ALL):
+                loss = _loss(provider)
+                if loss is None:
                     provider.add_span_processor(self._processor)
                     self._chosen = provider
                 else:
                     warn(
-                        "The application's TracerProvider samples (%s); our spans use a provider of their "
-                        "own, because dropped spans are lost training data.",
-                        provider.sampler.get_description(),
+                        "The application's TracerProvider %s. Our spans use a provider of their own, because "
+                        "what is lost is lost training data; the application's collectors do not get them.",
+                        loss,
                     )
             self._tracers = {}
             self._provider = provider
@@ -216,6 +235,19 @@ class _CountingExporter(SpanExporter):
         self._inner.shutdown()
 
 
+def _loss(provider: TracerProvider) -> str | None:
+    """How the application's provider would lose spans or cut their texts; None when it does not."""
+    sampler = provider.sampler.get_description()
+    if not sampler.startswith(_SAMPLES_ALL):
+        return f"samples ({sampler})"
+    limits = getattr(provider, "_span_limits", None)  # not public: where it is gone, hope for the best
+    longest = getattr(limits, "max_span_attribute_length", None)
+    if longest is not None:
+        return f"cuts attributes after {longest} characters"
+    most = getattr(limits, "max_span_attributes", None)
+    return f"keeps {most} attributes of a span" if most is not None and most < _ATTRIBUTES else None
+
+
 def _parts(spans: Sequence[ReadableSpan]) -> Iterator[Sequence[ReadableSpan]]:
     """The spans in requests of about MAX_REQUEST_BYTES, for a batch is counted in spans, not bytes."""
     part: list[ReadableSpan] = []
@@ -241,10 +273,28 @@ def _http_exporter(url: str, key: str) -> SpanExporter:
 
     return OTLPSpanExporter(
         endpoint=url.rstrip("/") + "/v1/traces",
-        headers={"Authorization": f"Bearer {key}"} if key else None,
         compression=Compression.Gzip,
         timeout=REQUEST_TIMEOUT_S,
+        session=_session(key),
     )
+
+
+def _session(key: str) -> Any:
+    """An HTTP session that sends our key and none of the credentials for the application's own collector.
+
+    The exporter adds OTEL_EXPORTER_OTLP_HEADERS to every request, and requests adds what ~/.netrc has.
+    """
+    import requests
+
+    class OurSession(requests.Session):
+        def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:
+            for name in [name for name in request.headers if name.lower() not in _SENT_HEADERS]:
+                del request.headers[name]
+            if key:
+                request.headers["Authorization"] = f"Bearer {key}"
+            return super().send(request, **kwargs)
+
+    return OurSession()
 
 
 def _attributes(attributes: Attributes) -> dict[str, Any]:

@@ -57,6 +57,9 @@ def _build(url: str, key: str, tracer: str) -> Tracer:
         return NoTracer()
     if tracer not in get_args(TracerName):
         raise InvalidInput(f'The tracer must be "otel" or "light", not {tracer!r}.')
+    if tracer == "otel" and os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        warn("OTEL_SDK_DISABLED is set: spans are sent to %s without OpenTelemetry.", url)
+        tracer = "light"
     if tracer == "otel":
         from agentlightning.tracing.otel import OTelTracer
 
