@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from agentlightning.learning import AIR, Estimator, discounted, identical, select_agents
     from agentlightning.rewards import emit_reward
     from agentlightning.runner import RolloutContext, Worker
-    from agentlightning.tracing import Tracer, configure
+    from agentlightning.tracing import Tracer, capture_spans, configure, trace
     from agentlightning.tracing.light import LightTracer
     from agentlightning.tracing.otel import OTelTracer
     from agentlightning.types import Batch, Episode, Mode, Rollout, Span, Task, Transition
@@ -42,12 +42,14 @@ __all__ = [
     "Transition",
     "Worker",
     "__version__",
+    "capture_spans",
     "configure",
     "current_rollout",
     "discounted",
     "emit_reward",
     "identical",
     "select_agents",
+    "trace",
     "use_rollout",
 ]
 
@@ -70,7 +72,9 @@ _HOME = {
     "LightTracer": "tracing.light",
     "OTelTracer": "tracing.otel",
     "Tracer": "tracing",
+    "capture_spans": "tracing",
     "configure": "tracing",
+    "trace": "tracing",
     "Batch": "types",
     "Episode": "types",
     "Mode": "types",

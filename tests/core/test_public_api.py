@@ -28,12 +28,14 @@ def test_the_public_names_are_these() -> None:
         "Transition",
         "Worker",
         "__version__",
+        "capture_spans",
         "configure",
         "current_rollout",
         "discounted",
         "emit_reward",
         "identical",
         "select_agents",
+        "trace",
         "use_rollout",
     ]
 
