@@ -9,14 +9,16 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
-from queue import SimpleQueue
 
 from agentlightning import context
 from agentlightning.client import LightningClient
 from agentlightning.errors import AgentLightningError
 from agentlightning.runner.worker import GRACE_S, Worker
+
+_ENDED = 0  # no signal has this number
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,27 +77,30 @@ def _stop_with_parent(worker: Worker) -> None:
 def _run_until_signalled(worker: Worker) -> None:
     """Run the worker in a thread, stop it at a signal, end it at the second. Raises what ended it early.
 
-    The handlers only put into a queue that is safe to use there: one that took the worker's lock could be
-    running in the very thread that is about to wait for its news.
+    Signals are read from a socket that the interpreter writes their numbers to: the kernel may hand a signal
+    to any thread, and a main thread that waits for a lock would not notice; nor may a handler take locks.
     """
-    ended: SimpleQueue[bool] = SimpleQueue()
-
-    def signalled(_number: int, _frame: object) -> None:
-        ended.put(False)
-
+    news, tell = socket.socketpair()
+    tell.setblocking(False)
+    signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signalled)
-    threading.Thread(target=_run, args=(worker, ended), daemon=True).start()
+        signal.signal(number, _do_nothing)  # else they would end the process
+    worker.start()
+    threading.Thread(target=_tell_end, args=(worker, tell), daemon=True).start()
     at_once = False
-    while not ended.get():
-        worker.stop(at_once=at_once)
-        at_once = True
+    while (number := news.recv(1)[0]) != _ENDED:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            worker.stop(at_once=at_once)
+            at_once = True
     worker.close()
 
 
-def _run(worker: Worker, ended: SimpleQueue[bool]) -> None:
-    worker.start().join()
-    ended.put(True)
+def _do_nothing(_number: int, _frame: object) -> None: ...
+
+
+def _tell_end(worker: Worker, tell: socket.socket) -> None:
+    worker.join()
+    tell.send(bytes([_ENDED]))
 
 
 if __name__ == "__main__":
