@@ -124,7 +124,7 @@ class _Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         self.ready.set()
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 (the signature is uvicorn's)
         """The first signal ends gracefully, the second at once.
 
         uvicorn's own would raise the signal again at the end, and so keep the caller from closing the store.

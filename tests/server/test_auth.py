@@ -125,17 +125,24 @@ def test_keys_are_never_logged(
     assert not any(key in caplog.text for key in keys.values())
 
 
-def test_mounted_routes_see_whose_key_it_is(tmp_path: Path) -> None:
+def test_mounted_routes_get_the_same_keys_and_limits(tmp_path: Path) -> None:
     async def whoami(request: Request) -> Response:
         owner = principal(request)
         return JSONResponse([str(owner.scope), owner.rollout_id, owner.attempt_id])
 
-    settings = Settings(database=tmp_path / "s.db", admin_key="k")
+    settings = Settings(database=tmp_path / "s.db", admin_key="k", max_body_mib=1)
 
     async def page(_request: Request) -> Response:
         return JSONResponse("open")
 
-    routes = [Route("/v1/whoami", whoami), Route("/page", page)]
+    async def size(request: Request) -> Response:
+        return JSONResponse(len(await request.body()))
+
+    routes = [
+        Route("/v1/whoami", whoami),
+        Route("/page", page),
+        Route("/v1/size", size, methods=["POST"]),
+    ]
     with Store(settings.database) as store:
         app = create_app(store, gateway=routes, settings=settings, open_paths=frozenset({"/page"}))
         store.enqueue([queued("r")])
@@ -145,6 +152,11 @@ def test_mounted_routes_see_whose_key_it_is(tmp_path: Path) -> None:
                 headers = {"Authorization": f"Bearer {key}"}
                 assert httpx.get(running.url + "/v1/whoami", headers=headers).json() == expected
             assert httpx.get(running.url + "/v1/whoami").status_code == 401
+            for mib, status in ((1, 200), (2, 413)):
+                body, headers = b"x" * (mib * 1024 * 1024 + mib - 1), {"Authorization": "Bearer k"}
+                assert (
+                    httpx.post(running.url + "/v1/size", content=body, headers=headers).status_code == status
+                )
             assert httpx.get(running.url + "/page").json() == "open"
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import httpx
 import orjson
 import pytest
+from opentelemetry.exporter.otlp.proto.http import Compression
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
@@ -18,6 +20,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 from opentelemetry.proto.trace.v1 import trace_pb2 as pb
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.trace import format_trace_id
 from tests.support.stores import StoreServer, blocked, plain_span, queued, store_server
 from tests.support.waiting import wait_until
 
@@ -120,6 +125,19 @@ def test_foreign_spans_keep_resource_scope_and_bytes(server: StoreServer) -> Non
     (found,) = server.store.spans(live_rollout_id(f"{5:032x}"))
     assert (found.resource, found.scope) == ({"service.name": "app"}, "theirs")
     assert found.attributes == {"ids": bytes(range(256)), "empty": None}
+
+
+def test_opentelemetrys_own_exporter_delivers(server: StoreServer) -> None:
+    exporter = OTLPSpanExporter(
+        server.url + "/v1/traces", headers=server.headers, compression=Compression.Gzip
+    )
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    with provider.get_tracer("app").start_as_current_span("outer", attributes={"ids": (1, 2)}) as outer:
+        pass
+    provider.shutdown()
+    (found,) = server.store.spans(live_rollout_id(format_trace_id(outer.get_span_context().trace_id)))
+    assert (found.name, found.scope, found.attributes) == ("outer", "app", {"ids": [1, 2]})
 
 
 # --- whose spans they are ------------------------------------------------------------------------
