@@ -122,8 +122,8 @@ class EmbeddedEngine:
         return self._worker.run(lambda: self._update(batch))
 
     def _update(self, batch: Batch) -> Mapping[str, float]:
+        self._decoder.drop_caches()  # first, since the update needs memory too
         metrics = self._updater.update(batch)
-        self._decoder.drop_caches()
         self._decoder.version += 1
         return metrics
 

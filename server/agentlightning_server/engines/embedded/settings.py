@@ -43,7 +43,7 @@ class EmbeddedSettings:
     queue_size: int = 1024
     """Requests that may wait for a slot before callers are told to come back later."""
     gather_s: float = 0.003
-    """How long an idle engine waits after the first request for others that arrive with it."""
+    """How long an idle engine waits after a request for others that arrive with it, 20 times at most."""
     prefill_tokens: int = 1024
     """Prompt tokens computed in one forward pass."""
 

@@ -21,6 +21,7 @@ from .decoding import Decoder, Request, settle
 T = TypeVar("T")
 
 _BUSY_RETRY_S = 2.0
+_MAX_GATHERS = 20  # times `gather_s` at most, while requests keep coming
 
 
 class Worker:
@@ -93,9 +94,17 @@ class Worker:
             if not self._decoder.busy and not self._jobs:
                 idle = not self._waiting
                 self._changed.wait_for(lambda: self._closed or self._jobs or self._waiting)
-                if idle and self._waiting and not self._closed and not self._jobs:
-                    self._changed.wait_for(lambda: self._closed, timeout=self._gather_s)
+                if idle and self._gather_s:
+                    self._gather()
             return not self._closed
+
+    def _gather(self) -> None:
+        """Wait until no more requests come in, so that those which belong together share their work."""
+        deadline = time.monotonic() + _MAX_GATHERS * self._gather_s
+        seen = 0
+        while seen < len(self._waiting) and time.monotonic() < deadline:
+            seen = len(self._waiting)
+            self._changed.wait_for(lambda: self._closed or self._jobs, timeout=self._gather_s)
 
     def _turn(self) -> None:
         if self._jobs and not self._decoder.busy:
