@@ -1,3 +1,4 @@
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import asyncio
@@ -247,6 +248,19 @@ def test_a_full_queue_turns_requests_away_with_a_time_to_retry(folder: Path) -> 
     assert all(r.retry_after_s > 0 for r in refused)
     assert len([r for r in results if isinstance(r, Completion)]) == 8 - len(refused)
     engine.close()
+
+
+def test_an_error_while_computing_fails_who_was_under_way_and_nobody_later(
+    engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: Any) -> torch.Tensor:
+        raise RuntimeError("not enough memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._decoder, "_forward", out_of_memory)
+        with pytest.raises(RuntimeError, match="not enough memory"):
+            sampled(engine, mixed_prompts())
+    assert len(sampled(engine, mixed_prompts())) == len(mixed_prompts())
 
 
 def test_closing_ends_waiting_requests_and_refuses_new_ones(folder: Path) -> None:

@@ -4,9 +4,10 @@
     loading    find and load a model              decoding   continuous batching over
     policy     the weights, trained and served      cache      stored keys and values, with
     updates    one optimiser update over              attention  the hook into transformers,
-      packing    prefix trees, and                    placement  shared prefixes, and
-      losses     the clipped policy loss              sampling   draws
-    checkpoint exact resume, export               tiny       a random little model for tests
+      packing    prefix trees, and                    placement  shared prefixes,
+      losses     the clipped policy loss              sampling   draws, and
+    checkpoint exact resume, export                   lanes      requests under way
+    tiny       a random little model for tests
 
 Only here may torch be imported at module level; this very module does not, so that names resolve cheaply.
 """

@@ -1,10 +1,10 @@
 """Continuous batching: requests join and leave a running batch, and share what they have in common.
 
-A row is one history of tokens that is being continued; lanes are the requests that continue it. Requests
-with an equal history share a row until they draw different tokens, then the row forks. Rows that start with
-the same long prefix share it as a trunk. What rows hold stays after their requests end, for prompts that
-continue it. One thread only; asynchrony is `worker`'s business.
-Invariant: as many lanes as rows at most, so a fork always finds a row.
+A row is one history of tokens that is being continued; a lane is a row with the requests that continue it.
+Requests with an equal history share a lane until they draw different tokens, then the row forks. Rows that
+start with the same long prefix share it as a trunk. What rows hold stays after their requests end, for
+prompts that continue it. One thread only; asynchrony is `worker`'s business.
+Invariant: there are at least as many rows as requests under way, so a fork always finds one.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -12,16 +12,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from agentlightning_server.engines.base import Completion, FinishReason, Sampling
+from agentlightning_server.engines.base import FinishReason
 
 from .cache import KeyValueStore, Row, RowsView, Trunk
+from .lanes import DecodeStats, Lane, Request, alike, settle
 from .placement import Sequenced, common_prefix, worthwhile_prefix
 from .sampling import Ask, Draw, draw
 
@@ -31,65 +29,6 @@ Forward = Callable[[Tensor, RowsView, bool], Tensor]
 MAX_TRUNKS = 8  # each costs a few small products per layer and step
 _FIRST_ROWS = 8
 _CAPACITY_STEP = 64  # tokens per row; capacity grows by at least half, rounded up to this
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """One completion to be sampled; `limit` is its most tokens."""
-
-    prompt: list[int]
-    sampling: Sampling
-    limit: int
-    random: np.random.Generator
-    future: Future[Completion]
-    drawn: list[Draw] = field(default_factory=list[Draw])
-
-    def history(self) -> list[int]:
-        return self.prompt + [d.token for d in self.drawn] if self.drawn else self.prompt
-
-    def finish(self, reason: FinishReason, version: int) -> None:
-        done = Completion(
-            [d.token for d in self.drawn],
-            [d.logprob for d in self.drawn],
-            reason,
-            version,
-            [d.top for d in self.drawn] if self.sampling.top_logprobs else (),
-        )
-        settle(self.future, done)
-
-
-@dataclass(slots=True, eq=False)
-class Lane:
-    """Requests that share a row, and the token that the row reads next."""
-
-    row: Row
-    reads: int
-    requests: list[Request]
-
-
-@dataclass(slots=True)
-class DecodeStats:
-    """What decoding did since the engine started. Tokens of prompts are computed or reused; `rows` counts
-    rows over steps, `drawn` tokens over steps, so drawn / rows is what sharing rows saved."""
-
-    computed: int = 0
-    reused: int = 0
-    steps: int = 0
-    rows: int = 0
-    drawn: int = 0
-    parked: int = 0
-    seconds: float = 0.0
-
-
-def settle(future: Future[Completion], result: Completion | BaseException) -> None:
-    """Answer a request that may have been cancelled meanwhile."""
-    try:
-        if isinstance(result, BaseException):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
-    except InvalidStateError:
-        pass
 
 
 class Decoder:
@@ -144,33 +83,47 @@ class Decoder:
         """Let requests join while there is room: set aside ones first, then, if `new`, waiting ones."""
         self._clock += 1
         taken: list[Request] = []
-        for queue in (self._parked, waiting) if new else (self._parked,):
-            while queue and self._has_room(queue[0], taken):
-                request = queue.popleft()
-                if not request.future.cancelled():
-                    taken.append(request)
-        if taken:
-            groups = _alike(taken)
+        self._take(self._parked, taken)
+        if new and not self._parked:
+            self._take(waiting, taken)
+        if not taken:
+            return
+        try:
+            groups = alike(taken)
             self._form_trunks(groups)
             self._prefill(self._place(groups))
+        except BaseException as error:  # some are not in a lane yet, where `abort` would find them
+            for request in taken:
+                settle(request.future, error)
+            raise
 
-    def _has_room(self, request: Request, taken: Sequence[Request]) -> bool:
+    def _take(self, queue: deque[Request], taken: list[Request]) -> None:
+        """Move requests from the head of a queue to `taken`, as long as all of it fits in beside those
+        under way."""
         lanes = sum(len(lane.requests) for lane in self._lanes) + len(taken)
-        if not lanes:
-            return True
-        longest = max([len(r.history()) - self._covered(r.history()) for r in (request, *taken)])
-        longest = max([longest, *(len(lane.row.tokens) for lane in self._lanes)])
-        return lanes < self._rows_at(longest + 1)
+        longest = max((len(lane.row.tokens) for lane in self._lanes), default=0)
+        longest = max([longest, *(self._own_length(r) for r in taken)])
+        while queue:
+            longest = max(longest, self._own_length(queue[0]))
+            if lanes and lanes >= self._rows_at(longest + 1):
+                return
+            request = queue.popleft()
+            if not request.future.cancelled():
+                taken.append(request)
+                lanes += 1
+
+    def _own_length(self, request: Request) -> int:
+        """Tokens that the request needs in a row of its own."""
+        history = request.history()
+        return len(history) - self._covered(history)
 
     def _rows_at(self, capacity: int) -> int:
         return max(1, min(self._slots, self._cache_tokens // capacity))
 
-    def _place(self, groups: Iterable[list[Request]]) -> list[tuple[Row, list[int]]]:
+    def _place(self, groups: Sequence[list[Request]]) -> list[tuple[Row, list[int]]]:
         """Give each group a row, and say what the row still has to read: continuations stay where they are,
         the rest take the row that was unused for longest, with a copy of what is already known of them."""
-        groups = list(groups)
-        tails = [len(g[0].history()) - self._covered(g[0].history()) for g in groups]
-        self._ensure(sum(map(len, groups)), max(tails))
+        self._ensure(sum(map(len, groups)), max(self._own_length(group[0]) for group in groups))
         todo: list[tuple[Row, list[int]]] = []
         later: list[list[Request]] = []
         for group in groups:
@@ -264,7 +217,7 @@ class Decoder:
             )
             if shared is None or not self._room_for_trunk():
                 return
-            self._add_trunk(Trunk(list(shared), last_used=self._clock))
+            self._add_trunk(Trunk(shared, last_used=self._clock))
 
     def _room_for_trunk(self) -> bool:
         """Whether one more may be stored, after forgetting the one unused for longest if need be."""
@@ -405,14 +358,5 @@ class Decoder:
         return [request for lane in self._lanes for request in lane.requests]
 
 
-def _alike(requests: Iterable[Request]) -> list[list[Request]]:
-    """Requests in groups of equal history and temperature, which read the same and draw from the same
-    distribution."""
-    groups: dict[tuple[tuple[int, ...], float], list[Request]] = {}
-    for request in requests:
-        groups.setdefault((tuple(request.history()), request.sampling.temperature), []).append(request)
-    return list(groups.values())
-
-
-def _starts(history: Sequence[int], prefix: Sequence[int]) -> bool:
-    return len(history) >= len(prefix) and list(history[: len(prefix)]) == list(prefix)
+def _starts(history: list[int], prefix: list[int]) -> bool:
+    return history[: len(prefix)] == prefix

@@ -21,7 +21,8 @@ from agentlightning.types import Batch
 from agentlightning_server.engines.base import ChatTokenizer, Completion, Sampling
 
 from . import checkpoint, loading
-from .decoding import Decoder, DecodeStats, Request
+from .decoding import Decoder
+from .lanes import DecodeStats, Request
 from .policy import PolicyWeights
 from .settings import EmbeddedSettings
 from .updates import Updater

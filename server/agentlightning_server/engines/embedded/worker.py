@@ -12,11 +12,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from agentlightning.errors import Unavailable
 
-from .decoding import Decoder, Request, settle
+from .decoding import Decoder
+from .lanes import Request, settle
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ class Worker:
         self._queue_size = queue_size
         self._gather_s = gather_s
         self._waiting: deque[Request] = deque()
-        self._jobs: deque[Callable[[], None]] = deque()
+        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="embedded-engine", daemon=True)
@@ -54,16 +55,9 @@ class Worker:
     def run(self, job: Callable[[], T]) -> T:
         """Run a job on the worker's thread once no generation is under way, and return its result."""
         done: Future[T] = Future()
-
-        def work() -> None:
-            try:
-                done.set_result(job())
-            except BaseException as error:
-                done.set_exception(error)
-
         with self._changed:
             self._check_open()
-            self._jobs.append(work)
+            self._jobs.append((job, done))
             self._changed.notify()
         return done.result()
 
@@ -108,15 +102,21 @@ class Worker:
 
     def _turn(self) -> None:
         if self._jobs and not self._decoder.busy:
-            self._jobs.popleft()()
+            self._do(*self._jobs.popleft())
             return
         self._decoder.admit(self._waiting, new=not self._jobs)
         self._decoder.step()
 
+    def _do(self, job: Callable[[], Any], done: Future[Any]) -> None:
+        try:
+            done.set_result(job())
+        except BaseException as error:
+            done.set_exception(error)
+
     def _shut_down(self) -> None:
-        closed = Unavailable("the engine was closed before the completion was finished")
+        closed = Unavailable("the engine was closed before this was done")
         self._decoder.abort(closed)
         while self._waiting:
             settle(self._waiting.popleft().future, closed)
         while self._jobs:
-            self._jobs.popleft()()
+            self._jobs.popleft()[1].set_exception(closed)

@@ -1,0 +1,82 @@
+"""What is being decoded: requests, the lanes they share, and counts of the work done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from agentlightning_server.engines.base import Completion, FinishReason, Sampling
+
+from .cache import Row
+from .sampling import Draw
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One completion to be sampled; `limit` is its most tokens."""
+
+    prompt: list[int]
+    sampling: Sampling
+    limit: int
+    random: np.random.Generator
+    future: Future[Completion]
+    drawn: list[Draw] = field(default_factory=list[Draw])
+
+    def history(self) -> list[int]:
+        return self.prompt + [d.token for d in self.drawn] if self.drawn else self.prompt
+
+    def finish(self, reason: FinishReason, version: int) -> None:
+        done = Completion(
+            [d.token for d in self.drawn],
+            [d.logprob for d in self.drawn],
+            reason,
+            version,
+            [d.top for d in self.drawn] if self.sampling.top_logprobs else (),
+        )
+        settle(self.future, done)
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """Requests that share a row, and the token that the row reads next."""
+
+    row: Row
+    reads: int
+    requests: list[Request]
+
+
+@dataclass(slots=True)
+class DecodeStats:
+    """What decoding did since the engine started. Tokens of prompts are computed or reused; `rows` counts
+    rows over steps, `drawn` tokens over steps, so drawn / rows is what sharing rows saved."""
+
+    computed: int = 0
+    reused: int = 0
+    steps: int = 0
+    rows: int = 0
+    drawn: int = 0
+    parked: int = 0
+    seconds: float = 0.0
+
+
+def settle(future: Future[Completion], result: Completion | BaseException) -> None:
+    """Answer a request that may have been cancelled meanwhile."""
+    try:
+        if isinstance(result, BaseException):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+    except InvalidStateError:
+        pass
+
+
+def alike(requests: Iterable[Request]) -> list[list[Request]]:
+    """Requests in groups of equal history and temperature, which read the same and draw from the same
+    distribution."""
+    groups: dict[tuple[tuple[int, ...], float], list[Request]] = {}
+    for request in requests:
+        groups.setdefault((tuple(request.history()), request.sampling.temperature), []).append(request)
+    return list(groups.values())
