@@ -20,14 +20,14 @@ from agentlightning_server.engines.base import FinishReason
 
 from .cache import KeyValueStore, Row, RowsView, Trunk
 from .lanes import DecodeStats, Lane, Request, alike, settle
-from .placement import Sequenced, common_prefix, worthwhile_prefix
+from .placement import MIN_TRUNK, Sequenced, common_prefix, worthwhile_prefix
 from .sampling import Ask, Draw, draw
 
 Forward = Callable[[Tensor, RowsView, bool], Tensor]
 """(ids [B, T], view, whether logits are wanted) -> logits of the last position [B, V], or anything."""
 
 MAX_TRUNKS = 8  # each costs a few small products per layer and step
-_FIRST_ROWS = 8
+_FIRST_ROWS = 4
 _CAPACITY_STEP = 64  # tokens per row; capacity grows by at least half, rounded up to this
 
 
@@ -209,7 +209,7 @@ class Decoder:
                     trunk.last_used = self._clock
                     if not trunk.keys:
                         self._fill(trunk)
-        while True:
+        while any(self._could_share_more(group[0]) for group in groups):
             pending = [(g[0].history()[:-1], len(g)) for g in groups]
             reading = [(lane.row.history(), len(lane.requests)) for lane in self._lanes]
             shared = worthwhile_prefix(
@@ -218,6 +218,11 @@ class Decoder:
             if shared is None or not self._room_for_trunk():
                 return
             self._add_trunk(Trunk(shared, last_used=self._clock))
+
+    def _could_share_more(self, request: Request) -> bool:
+        """Whether a longer trunk could be worth it at all; see `worthwhile_prefix`."""
+        own = self._own_length(request) - 1
+        return own >= max(MIN_TRUNK, len(request.history()) - 1 - own)
 
     def _room_for_trunk(self) -> bool:
         """Whether one more may be stored, after forgetting the one unused for longest if need be."""
@@ -264,7 +269,8 @@ class Decoder:
             return
         roomy = -(-max(need, min(self._store.capacity, 2 * need) * 3 // 2) // _CAPACITY_STEP) * _CAPACITY_STEP
         capacity = roomy if self._rows_at(roomy) >= max(lanes, self._rows_at(need)) else need
-        rows = min(self._rows_at(capacity), max(lanes, 2 * self._store.rows, _FIRST_ROWS))
+        more = max(lanes, 2 * self._store.rows, _FIRST_ROWS) if lanes > self._store.rows else self._store.rows
+        rows = min(self._rows_at(capacity), more)
         active = [lane.row for lane in self._lanes]
         idle = sorted(self._free(), key=lambda r: -r.last_used)
         kept = [*active, *idle][:rows]
