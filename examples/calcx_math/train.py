@@ -1,6 +1,6 @@
 """Train the calculator agent on word problems by reinforcement learning alone, and show what it learned.
 
-    python -m examples.calcx_math.train [--seed 0] [--steps 12] [--subset easy]
+    python -m examples.calcx_math.train [--seed 0] [--steps 8] [--subset easy]
 
 Evaluates on held-out problems at the sampling temperature, trains by GRPO with one intermediate reward (a
 tool call that works), evaluates again. Writes the reward curve, the records and the checkpoint to the output
@@ -38,10 +38,10 @@ VALID_CALL = 0.1  # reward of the calls whose tool ran; in all, however many the
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=12, help="policy updates")
-    parser.add_argument("--tasks-per-step", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=8, help="policy updates")
+    parser.add_argument("--tasks-per-step", type=int, default=8)
     parser.add_argument("--group-size", type=int, default=8, help="rollouts per problem")
-    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--learning-rate", type=float, default=4e-5)
     parser.add_argument("--lora-rank", type=int, default=0, help="0 trains the full weights")
     parser.add_argument("--subset", default="easy", choices=get_args(Subset))
     parser.add_argument("--held-out", type=int, default=120, help="problems to evaluate on, at least 100")
