@@ -4,7 +4,8 @@
 
 Evaluates on held-out problems at the sampling temperature, trains by GRPO with one intermediate reward (a
 tool call that works), evaluates again. Writes the reward curve, the records and the checkpoint to the output
-folder; the last line of output is JSON.
+folder; the last line of output is JSON, in which "before" and "after" are mean held-out rewards: 1 for a right
+answer that a tool returned, plus 0.1 for a tool call that worked.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from agentlightning_server.training import (
     TrainSettings,
     train_locally,
 )
+from agentlightning_server.training.machine import machine
 from agentlightning_server.training.plots import draw_curve
 from examples.calcx_math.data import Subset, load
 
@@ -39,7 +41,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=8, help="policy updates")
-    parser.add_argument("--tasks-per-step", type=int, default=8)
+    parser.add_argument("--tasks-per-step", type=int, default=6)
     parser.add_argument("--group-size", type=int, default=8, help="rollouts per problem")
     parser.add_argument("--learning-rate", type=float, default=4e-5)
     parser.add_argument("--lora-rank", type=int, default=0, help="0 trains the full weights")
@@ -92,18 +94,23 @@ def report(result: TrainResult, output: Path, args: argparse.Namespace, wall_s: 
     evaluations = [e for e in (result.before, result.after) if e is not None]
     title = f"Calc-X ({args.subset}), SmolLM2-135M-Instruct, GRPO, seed {args.seed}"
     draw_curve(output / "curve.png", result.steps, evaluations, title=title)
-    (output / "records.json").write_text(
-        json.dumps(
-            {"steps": [asdict(r) for r in result.steps], "evaluations": [asdict(e) for e in evaluations]}
-        )
-    )
+    records = {
+        "example": "calcx_math",
+        "seed": args.seed,
+        "settings": {name: str(value) for name, value in vars(args).items()},
+        **machine(),
+        "wall_s": round(wall_s, 1),
+        "steps": [asdict(record) for record in result.steps],
+        "evaluations": [asdict(record) for record in evaluations],
+    }
+    (output / "records.json").write_text(json.dumps(records, indent=1) + "\n")
     before, after = result.before, result.after
     line = {
         "example": "calcx_math",
         "seed": args.seed,
         "steps": args.steps,
-        "before": round(before.reward, 4) if before else None,
-        "after": round(after.reward, 4) if after else None,
+        "before": round(before.mean_return, 4) if before else None,
+        "after": round(after.mean_return, 4) if after else None,
         "tool_calls_before": round(before.tool_calls, 4) if before else None,
         "tool_calls_after": round(after.tool_calls, 4) if after else None,
         "held_out": before.held_out if before else 0,
