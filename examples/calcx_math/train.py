@@ -4,7 +4,7 @@
 
 Evaluates on held-out problems at the sampling temperature, trains by GRPO with one intermediate reward (a
 tool call that works), evaluates again. Writes the reward curve, the records and the checkpoint to the output
-folder; the last line of output is JSON, in which "before" and "after" are mean held-out rewards: 1 for a right
+folder; the last line of output is JSON. Its "before" and "after" are mean held-out rewards: 1 for a right
 answer that a tool returned, plus 0.1 for a tool call that worked.
 """
 
