@@ -95,6 +95,53 @@ def test_requests_that_join_while_others_decode_are_exact(engine: EmbeddedEngine
     check_logprobs(plain, prompts, asyncio.run(staggered()))
 
 
+def test_a_late_request_catches_up_with_one_that_draws_the_same(engine: EmbeddedEngine, plain: Any) -> None:
+    prompt = some_tokens(1, 80)
+    early = sampled(engine, [prompt], seed=3, max_tokens=30)[0]
+    steps = engine.stats.steps
+    late = sampled(engine, [prompt], seed=3, max_tokens=30)[0]
+    assert late == early
+    assert (engine.stats.recalled, engine.stats.steps) == (30, steps)  # nothing was computed for it
+    longer = sampled(engine, [prompt], seed=3, max_tokens=40)[0]
+    assert list(longer.token_ids[:30]) == list(early.token_ids)
+    assert engine.stats.steps == steps + 10
+    other = sampled(engine, [prompt], seed=4, max_tokens=30)[0]
+    check_logprobs(plain, [prompt, prompt], [longer, other])
+
+
+def test_a_late_request_shares_the_row_of_one_under_way(engine: EmbeddedEngine) -> None:
+    prompt = some_tokens(1, 80)
+    started = asyncio.Event()
+
+    async def scenario() -> tuple[Completion, Completion]:
+        loop = asyncio.get_running_loop()
+
+        def some_are_drawn(tokens: Sequence[int]) -> bool:
+            if len(tokens) == 20:
+                loop.call_soon_threadsafe(started.set)
+            return False
+
+        sampling = Sampling(400, seed=3, should_stop=some_are_drawn)
+        early = asyncio.create_task(engine.generate(prompt, sampling, "policy"))
+        await started.wait()
+        return await asyncio.gather(early, engine.generate(prompt, Sampling(400, seed=3), "policy"))
+
+    early, late = asyncio.run(scenario())
+    assert late == early
+    assert engine.stats.recalled >= 20
+    assert engine.stats.rows == len(early.token_ids)  # one row for both, all the way
+
+
+def test_what_was_drawn_is_forgotten_when_the_weights_change(folder: Path) -> None:
+    engine = tiny_engine(folder, learning_rate=1e-1)
+    prompts = [some_tokens(i, 20) for i in range(2)]
+    completions = sampled(engine, prompts)
+    engine.update(batch_of(prompts, completions, [1.0, -1.0]))
+    assert sampled(engine, prompts)[0].logprobs != completions[0].logprobs
+    assert engine.stats.recalled == 0
+    engine.close()
+
+
 def test_little_memory_sets_requests_aside_and_loses_none(folder: Path) -> None:
     engine = tiny_engine(folder, context_length=128, cache_tokens=256, slots=8)
     prompts = [some_tokens(i, 20) for i in range(8)]
@@ -141,22 +188,36 @@ def test_logprobs_are_at_the_sampling_temperature_over_the_whole_vocabulary(
 def test_draws_follow_the_distribution() -> None:
     probabilities = np.array([0.5, 0.25, 0.15, 0.1])
     logits = torch.log(torch.tensor(probabilities, dtype=torch.float32))[None].repeat(1, 1)
-    asks = [Ask(0, Sampling(1), np.random.Generator(np.random.Philox(seed))) for seed in range(4000)]
+    asks = [Ask(0, Sampling(1), uniform) for uniform in np.random.default_rng(0).random(4000).tolist()]
     counts = np.bincount([d.token for d in draw(logits, asks)], minlength=4)
     error = np.sqrt(probabilities * (1 - probabilities) / 4000)
     assert (np.abs(counts / 4000 - probabilities) < 4 * error).all()
 
 
+def test_a_draw_knows_which_uniform_numbers_lead_to_it() -> None:
+    logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0)) * 3
+    uniforms = np.random.default_rng(0).random(50).tolist()
+    for uniform, drawn in zip(
+        uniforms, draw(logits, [Ask(0, Sampling(1), u) for u in uniforms]), strict=True
+    ):
+        assert drawn.low <= uniform < drawn.high
+        assert drawn.high - drawn.low == pytest.approx(np.exp(drawn.logprob), rel=1e-5)
+        edges = [Ask(0, Sampling(1), u) for u in (drawn.low + 1e-12, drawn.high - 1e-12, drawn.high + 1e-12)]
+        tokens = [d.token for d in draw(logits, edges)]
+        assert tokens[:2] == [drawn.token] * 2
+        assert tokens[2] != drawn.token
+
+
 def test_top_p_draws_only_from_the_nucleus() -> None:
     logits = torch.log(torch.tensor([[0.1, 0.5, 0.15, 0.25]]))
-    asks = [Ask(0, Sampling(1, top_p=0.7), np.random.Generator(np.random.Philox(s))) for s in range(200)]
+    asks = [Ask(0, Sampling(1, top_p=0.7), (i + 0.5) / 200) for i in range(200)]
     assert {d.token for d in draw(logits, asks)} == {1, 3}
 
 
 def test_draws_reach_every_block_of_a_large_vocabulary() -> None:
     logits = torch.full((1, 1000), -30.0)
     logits[0, [3, 255, 256, 999]] = 0.0
-    asks = [Ask(0, Sampling(1), np.random.Generator(np.random.Philox(s))) for s in range(200)]
+    asks = [Ask(0, Sampling(1), (i + 0.5) / 200) for i in range(200)]
     assert {d.token for d in draw(logits, asks)} == {3, 255, 256, 999}
 
 

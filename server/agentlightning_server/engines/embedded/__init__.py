@@ -7,7 +7,7 @@
       packing    prefix trees, and                    placement  shared prefixes,
       losses     the clipped policy loss              sampling   draws, and
     checkpoint exact resume, export                   lanes      requests under way
-    tiny       a random little model for tests
+    tiny       a random little model for tests        memory     of draws, for late requests
 
 Only here may torch be imported at module level; this very module does not, so that names resolve cheaply.
 """

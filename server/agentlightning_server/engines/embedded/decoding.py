@@ -1,9 +1,10 @@
 """Continuous batching: requests join and leave a running batch, and share what they have in common.
 
 A row is one history of tokens that is being continued; a lane is a row with the requests that continue it.
-Requests with an equal history share a lane until they draw different tokens, then the row forks. Rows that
-start with the same long prefix share it as a trunk. What rows hold stays after their requests end, for
-prompts that continue it. One thread only; asynchrony is `worker`'s business.
+Requests with an equal history share a lane until they draw different tokens, then the row forks; a late one
+catches up as far as it draws what others drew. Rows that start with the same long prefix share it as a
+trunk. What rows hold stays after their requests end, for prompts that continue it. One thread only;
+asynchrony is `worker`'s business.
 Invariant: there are at least as many rows as requests under way, so a fork always finds one.
 """
 
@@ -20,6 +21,7 @@ from agentlightning_server.engines.base import FinishReason
 
 from .cache import KeyValueStore, Row, RowsView, Trunk
 from .lanes import DecodeStats, Lane, Request, alike, settle
+from .memory import DrawMemory
 from .placement import MIN_TRUNK, Sequenced, common_prefix, worthwhile_prefix
 from .sampling import Ask, Draw, draw
 
@@ -55,6 +57,7 @@ class Decoder:
         self._trunks: list[Trunk] = []
         self._lanes: list[Lane] = []
         self._parked: deque[Request] = deque()
+        self._memory = DrawMemory()
         self._clock = 0
         self.version = 0
         self.stats = DecodeStats()
@@ -69,6 +72,7 @@ class Decoder:
         for trunk in self._trunks:
             trunk.keys, trunk.values = [], []
         self._rows, self._store = [], KeyValueStore(0, 0)
+        self._memory.clear()
 
     def abort(self, error: BaseException) -> None:
         """Answer everything under way with an error."""
@@ -104,13 +108,28 @@ class Decoder:
         longest = max((len(lane.row.tokens) for lane in self._lanes), default=0)
         longest = max([longest, *(self._own_length(r) for r in taken)])
         while queue:
-            longest = max(longest, self._own_length(queue[0]))
-            if lanes and lanes >= self._rows_at(longest + 1):
+            if lanes and lanes >= self._rows_at(max(longest, self._own_length(queue[0])) + 1):
                 return
             request = queue.popleft()
-            if not request.future.cancelled():
-                taken.append(request)
-                lanes += 1
+            if request.future.cancelled() or not self._catch_up(request):
+                continue
+            longest = max(longest, self._own_length(request))
+            if lanes and lanes >= self._rows_at(longest + 1):  # longer now than it was
+                self._parked.appendleft(request)
+                return
+            taken.append(request)
+            lanes += 1
+
+    def _catch_up(self, request: Request) -> bool:
+        """Give a request the tokens that earlier ones show it would draw; False when that finishes it."""
+        temperature, top_p = request.sampling.temperature, request.sampling.top_p
+        if request.sampling.top_logprobs or (temperature and top_p < 1):
+            return True
+        while drawn := self._memory.recall(request.history(), temperature, request.uniform):
+            self.stats.recalled += 1
+            if not self._give(request, drawn):
+                return False
+        return True
 
     def _own_length(self, request: Request) -> int:
         """Tokens that the request needs in a row of its own."""
@@ -127,6 +146,8 @@ class Decoder:
         todo: list[tuple[Row, list[int]]] = []
         later: list[list[Request]] = []
         for group in groups:
+            if self._join(group):
+                continue
             row, known = self._best_row(group[0].history())
             if row is not None and known == len(row.tokens) and row in self._free():
                 todo.append((row, self._open(group, row)))
@@ -143,6 +164,16 @@ class Decoder:
             row.trunk = self._trunk_of(group[0].history())
             todo.append((row, self._open(group, row)))
         return todo
+
+    def _join(self, group: list[Request]) -> bool:
+        """Let a group into the lane that is just where it is, if there is one."""
+        history, temperature = group[0].history(), group[0].sampling.temperature
+        near = [lane for lane in self._lanes if lane.row.length + 1 == len(history)]
+        same = [lane for lane in near if lane.temperature == temperature and lane.history() == history]
+        for lane in same[:1]:
+            lane.requests += group
+            self.stats.reused += len(group) * (len(history) - 1)
+        return bool(same)
 
     def _open(self, group: list[Request], row: Row) -> list[int]:
         history = group[0].history()
@@ -304,7 +335,7 @@ class Decoder:
         view = RowsView(self._store, [lane.row for lane in lanes], [1] * len(lanes), self._device)
         ids = torch.tensor([[lane.reads] for lane in lanes], device=self._device)
         logits = self._forward(ids, view, True)
-        asks = [Ask(i, r.sampling, r.random) for i, lane in enumerate(lanes) for r in lane.requests]
+        asks = [Ask(i, r.sampling, r.uniform) for i, lane in enumerate(lanes) for r in lane.requests]
         draws = iter(draw(logits, asks))
         for lane in lanes:
             lane.row.tokens.append(lane.reads)
@@ -316,18 +347,24 @@ class Decoder:
     def _advance(self, lane: Lane, draws: Iterable[Draw]) -> dict[int, list[Request]]:
         """Give each request of a lane its token; those that go on, by the token they drew."""
         going: dict[int, list[Request]] = {}
-        for request, drawn in zip(lane.requests, draws, strict=False):
-            request.drawn.append(drawn)
-            try:
-                reason = self._finished(request)
-            except Exception as error:  # the caller's own should_stop raised: the caller's own error
-                settle(request.future, error)
-                continue
-            if reason is None:
+        mine = [drawn for _, drawn in zip(lane.requests, draws, strict=False)]
+        self._memory.remember(lane.row.history(), lane.temperature, mine)
+        for request, drawn in zip(lane.requests, mine, strict=True):
+            if self._give(request, drawn):
                 going.setdefault(drawn.token, []).append(request)
-            else:
-                request.finish(reason, self.version)
         return going
+
+    def _give(self, request: Request, drawn: Draw) -> bool:
+        """Append a token to a request, and answer it if that was the last. True when it goes on."""
+        request.give(drawn)
+        try:
+            reason = self._finished(request)
+        except Exception as error:  # the caller's own should_stop raised: the caller's own error
+            settle(request.future, error)
+            return False
+        if reason is not None:
+            request.finish(reason, self.version)
+        return reason is None
 
     def _finished(self, request: Request) -> FinishReason | None:
         stop = request.sampling.should_stop

@@ -24,6 +24,19 @@ class Request:
     random: np.random.Generator
     future: Future[Completion]
     drawn: list[Draw] = field(default_factory=list[Draw])
+    _uniform: float | None = None
+
+    @property
+    def uniform(self) -> float:
+        """The uniform number of the next draw; the same until `give` uses it up."""
+        if self._uniform is None:
+            self._uniform = float(self.random.random())
+        return self._uniform
+
+    def give(self, drawn: Draw) -> None:
+        """Append the next token."""
+        self.drawn.append(drawn)
+        self._uniform = None
 
     def history(self) -> list[int]:
         return self.prompt + [d.token for d in self.drawn] if self.drawn else self.prompt
@@ -47,17 +60,27 @@ class Lane:
     reads: int
     requests: list[Request]
 
+    @property
+    def temperature(self) -> float:
+        return self.requests[0].sampling.temperature
+
+    def history(self) -> list[int]:
+        """What the next token is drawn after."""
+        return [*self.row.history(), self.reads]
+
 
 @dataclass(slots=True)
 class DecodeStats:
     """What decoding did since the engine started. Tokens of prompts are computed or reused; `rows` counts
-    rows over steps, `drawn` tokens over steps, so drawn / rows is what sharing rows saved."""
+    rows over steps, `drawn` tokens over steps, so drawn / rows is what sharing rows saved; `recalled` tokens
+    cost no step at all."""
 
     computed: int = 0
     reused: int = 0
     steps: int = 0
     rows: int = 0
     drawn: int = 0
+    recalled: int = 0
     parked: int = 0
     seconds: float = 0.0
 

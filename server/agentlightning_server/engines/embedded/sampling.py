@@ -23,20 +23,22 @@ _BLOCK = 256  # vocabulary entries per block of the two-level cumulative sum
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One sampled token."""
+    """One sampled token. Uniform numbers from `low` up to `high` lead to it; none when that is not known."""
 
     token: int
     logprob: float
-    top: Sequence[tuple[int, float]]
+    top: Sequence[tuple[int, float]] = ()
+    low: float = 0.0
+    high: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What one request wants drawn: from which row of the logits, how, and with whose random numbers."""
+    """What one request wants drawn: from which row of the logits, how, and with which uniform number."""
 
     row: int
     sampling: Sampling
-    random: np.random.Generator
+    uniform: float
 
 
 def draw(logits: Tensor, asks: Sequence[Ask]) -> list[Draw]:
@@ -46,45 +48,52 @@ def draw(logits: Tensor, asks: Sequence[Ask]) -> list[Draw]:
         temperatures[ask.row] = ask.sampling.temperature or 1.0
     scale = torch.from_numpy(temperatures).to(logits.device)[:, None]
     logprobs = torch.log_softmax(logits.float() / scale, -1)
-    tokens = _tokens(logprobs, asks)
+    tokens, low, high = _tokens(logprobs, asks)
     rows = torch.tensor([ask.row for ask in asks], device=logits.device)
-    chosen: list[float] = logprobs[rows, tokens].tolist()
+    chosen: list[list[float]] = torch.stack([logprobs[rows, tokens].double(), low, high], -1).tolist()
     ids: list[int] = tokens.tolist()
     tops = _tops(logprobs, asks)
-    return [Draw(i, lp, top) for i, lp, top in zip(ids, chosen, tops, strict=True)]
+    return [
+        Draw(token, logprob, top, low, high)
+        for token, (logprob, low, high), top in zip(ids, chosen, tops, strict=True)
+    ]
 
 
-def _tokens(logprobs: Tensor, asks: Sequence[Ask]) -> Tensor:
-    tokens = torch.zeros(len(asks), dtype=torch.long, device=logprobs.device)
+def _tokens(logprobs: Tensor, asks: Sequence[Ask]) -> tuple[Tensor, Tensor, Tensor]:
+    """Each ask's token, and the interval of uniform numbers that leads to it."""
+    device = logprobs.device
+    tokens = torch.zeros(len(asks), dtype=torch.long, device=device)
+    low, high = (torch.zeros(len(asks), dtype=torch.float64, device=device) for _ in range(2))
     greedy = [i for i, ask in enumerate(asks) if ask.sampling.temperature == 0]
     nucleus = [i for i, ask in enumerate(asks) if ask.sampling.temperature and ask.sampling.top_p < 1]
     plain = [i for i, ask in enumerate(asks) if ask.sampling.temperature and ask.sampling.top_p >= 1]
-    rows = torch.tensor([ask.row for ask in asks], device=logprobs.device)
+    rows = torch.tensor([ask.row for ask in asks], device=device)
     if greedy:
         tokens[greedy] = logprobs[rows[greedy]].argmax(-1)
+        high[greedy] = 1.0
     if plain:
-        tokens[plain] = _invert(logprobs.exp(), rows[plain], _uniforms(asks, plain, logprobs.device))
+        uniforms = torch.tensor([asks[i].uniform for i in plain], dtype=torch.float64, device=device)
+        tokens[plain], low[plain], high[plain] = _invert(logprobs.exp(), rows[plain], uniforms)
     for i in nucleus:
         tokens[i] = _nucleus(logprobs[rows[i]].exp(), asks[i])
-    return tokens
+    return tokens, low, high
 
 
-def _uniforms(asks: Sequence[Ask], places: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([asks[i].random.random() for i in places], dtype=torch.float64, device=device)
-
-
-def _invert(probs: Tensor, rows: Tensor, uniforms: Tensor) -> Tensor:
-    """Token at which each row's cumulative probability first exceeds its uniform number. Sums are in double
-    precision, in two levels: whole blocks first, then within the block."""
+def _invert(probs: Tensor, rows: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Token at which each row's cumulative probability first exceeds its uniform number, and the cumulative
+    probabilities before and after it. Sums are in double precision, in two levels: whole blocks first, then
+    within the block."""
     padded = torch.nn.functional.pad(probs, (0, -probs.shape[1] % _BLOCK)).view(probs.shape[0], -1, _BLOCK)
     upto = padded.sum(-1, dtype=torch.float64).cumsum(-1)[rows]
-    targets = (uniforms * upto[:, -1])[:, None]
-    block = torch.searchsorted(upto, targets, right=True).clamp(max=upto.shape[1] - 1)[:, 0]
-    before = torch.where(block > 0, upto.gather(1, (block - 1).clamp(min=0)[:, None])[:, 0], 0.0)
-    inside = padded[rows, block].double().cumsum(-1)
-    rest = (targets[:, 0] - before)[:, None]
-    tokens = block * _BLOCK + torch.searchsorted(inside, rest, right=True).clamp(max=_BLOCK - 1)[:, 0]
-    return tokens.clamp(max=probs.shape[1] - 1)
+    total = upto[:, -1]
+    targets = (uniforms * total)[:, None]
+    block = torch.searchsorted(upto, targets, right=True).clamp(max=upto.shape[1] - 1)
+    before = torch.where(block > 0, upto.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = before + padded[rows, block[:, 0]].double().cumsum(-1)
+    place = torch.searchsorted(inside, targets, right=True).clamp(max=_BLOCK - 1)
+    low = torch.where(place > 0, inside.gather(1, (place - 1).clamp(min=0)), before)
+    tokens = (block * _BLOCK + place)[:, 0].clamp(max=probs.shape[1] - 1)
+    return tokens, low[:, 0] / total, inside.gather(1, place)[:, 0] / total
 
 
 def _nucleus(probs: Tensor, ask: Ask) -> Tensor:
@@ -92,7 +101,7 @@ def _nucleus(probs: Tensor, ask: Ask) -> Tensor:
     ordered, tokens = probs.double().sort(descending=True)
     upto = ordered.cumsum(0)
     kept = int((upto - ordered < ask.sampling.top_p * upto[-1]).sum())
-    target = ask.random.random() * upto[kept - 1]
+    target = ask.uniform * upto[kept - 1]
     place = torch.searchsorted(upto[:kept], target, right=True).clamp(max=kept - 1)
     return tokens[place]
 
