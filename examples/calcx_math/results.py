@@ -19,8 +19,8 @@ from agentlightning_server.training.reporting import mean_and_stderr
 RESULTS = Path(__file__).parent / "results"
 Z95 = 1.96
 HEAD = (
-    "| seed | reward before → after | gain | right answers before → after | gain "
-    "| tool calls before → after | wall |\n|---|---|---|---|---|---|---|"
+    "| seed | reward before → after | gain (95 %) | with intermediate reward | gain (95 %) "
+    "| correct tool calls | wall |\n|---|---|---|---|---|---|---|"
 )
 
 
@@ -34,9 +34,10 @@ def row(records: Mapping[str, Any]) -> str:
     """One line of the table."""
     before, after = records["evaluations"]
     return (
-        f"| {records['seed']} | {before['mean_return']:.3f} → {after['mean_return']:.3f} "
+        f"| {records['seed']} | {before['reward']:.3f} → {after['reward']:.3f} "
+        f"| {gain(before['rewards'], after['rewards'])} "
+        f"| {before['mean_return']:.3f} → {after['mean_return']:.3f} "
         f"| {gain(before['returns'], after['returns'])} "
-        f"| {before['reward']:.3f} → {after['reward']:.3f} | {gain(before['rewards'], after['rewards'])} "
         f"| {before['tool_calls']:.2f} → {after['tool_calls']:.2f} | {records['wall_s'] / 60:.1f} min |"
     )
 

@@ -5,7 +5,7 @@
 Evaluates on held-out problems at the sampling temperature, trains by GRPO with one intermediate reward (a
 tool call that works), evaluates again. Writes the reward curve, the records and the checkpoint to the output
 folder; the last line of output is JSON. Its "before" and "after" are mean held-out rewards: 1 for a right
-answer that a tool returned, plus 0.1 for a tool call that worked.
+answer that a tool returned, without the intermediate reward.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def report(result: TrainResult, output: Path, args: argparse.Namespace, wall_s: 
         "example": "calcx_math",
         "seed": args.seed,
         "steps": args.steps,
-        "before": round(before.mean_return, 4) if before else None,
-        "after": round(after.mean_return, 4) if after else None,
+        "before": round(before.reward, 4) if before else None,
+        "after": round(after.reward, 4) if after else None,
         "tool_calls_before": round(before.tool_calls, 4) if before else None,
         "tool_calls_after": round(after.tool_calls, 4) if after else None,
         "held_out": before.held_out if before else 0,

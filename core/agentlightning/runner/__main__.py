@@ -70,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _stop_with_parent(worker: Worker) -> None:
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 4096):  # not buffered: a lock held at exit would be fatal
+        pass
     worker.stop(at_once=True)
 
 

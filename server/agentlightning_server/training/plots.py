@@ -21,7 +21,7 @@ def draw_curve(
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    x = [record.step + 1 for record in steps]
+    x = [record.step for record in steps]  # a step's rollouts are sampled before its update
     axes.plot(x, [r.tool_calls for r in steps], color="#d17a22", label="correct tool call (training)")
     axes.plot(x, [r.reward for r in steps], color="#2b6cb0", label="reward (training)")
     held_out = [record.reward for record in evaluations]
