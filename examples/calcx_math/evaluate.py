@@ -53,7 +53,7 @@ def agent_scores(subset: Subset, count: int, checkpoint: Path | None, output: Pa
     training = TrainSettings(run_id=folder.name, output=folder, steps=0)
     with ProgressReporter(0) as reporter:
         result = train_locally(
-            RunnerSettings("examples.calcx_math.agent:solve", concurrency=48),
+            RunnerSettings("examples.calcx_math.agent:solve", concurrency=64),
             training,
             EmbeddedSettings(context_length=1024),
             train=[],

@@ -47,7 +47,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--lora-rank", type=int, default=0, help="0 trains the full weights")
     parser.add_argument("--subset", default="easy", choices=get_args(Subset))
     parser.add_argument("--held-out", type=int, default=120, help="problems to evaluate on, at least 100")
-    parser.add_argument("--concurrency", type=int, default=48, help="problems worked on at the same time")
+    parser.add_argument("--concurrency", type=int, default=64, help="problems worked on at the same time")
     parser.add_argument("--output", type=Path, help="folder of the run; an existing run is resumed")
     parser.add_argument("--fresh", action="store_true", help="start over where the folder holds a run")
     return parser.parse_args()
