@@ -881,4 +881,4 @@ def test_a_missing_framework_names_the_extra_to_install() -> None:
     out = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
     )
-    assert "pip install 'agentlightning[langchain]'" in out.stdout
+    assert "pip install '.[langchain]'" in out.stdout
