@@ -13,7 +13,7 @@ try:
     import autogen_ext.models.openai  # pyright: ignore[reportUnusedImport]  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        f"The AutoGen adapter needs AutoGen ({error}). Install it, in the clone, with: pip install '.[autogen]'"
+        f"The AutoGen adapter needs AutoGen ({error}). Install it in the clone: pip install '.[autogen]'"
     ) from error
 
 from agentlightning_autogen.instrumentation import instrument, uninstrument

@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"The LangChain adapter needs LangChain ({error}). "
-        "Install it, in the clone, with: pip install '.[langchain]'"
+        "Install it in the clone: pip install '.[langchain]'"
     ) from error
 
 from agentlightning_langchain.handler import LightningCallbackHandler, instrument, uninstrument
