@@ -63,7 +63,7 @@ class PermissionDenied(AgentLightningError):
     def __init__(self, message: str, *, authenticated: bool = False) -> None:
         super().__init__(message)
         self.authenticated = authenticated
-        """True when the key is known but lacks the scope (HTTP 403), False when it is missing or unknown (401)."""
+        """Whether the key is known and lacks the scope (HTTP 403), or is missing or unknown (401)."""
 
 
 class Unavailable(AgentLightningError):

@@ -62,7 +62,7 @@ def test_the_ids_in_the_batch_are_those_that_the_engine_sampled(
             assert [run.name for run in episode.agent_runs] == ["assistant", "assistant"]
             assert all(c.gateway_span_id != c.span_id for c in episode.calls), "adapter and gateway met"
         sampled = {
-            (tuple(prompt), tuple(c.token_ids), tuple(np.float32(c.logprobs).tolist()))
+            (tuple(prompt), tuple(c.token_ids), tuple(np.asarray(c.logprobs, np.float32).tolist()))
             for prompt, c in engine.sampled
         }
         trained = {
@@ -72,15 +72,11 @@ def test_the_ids_in_the_batch_are_those_that_the_engine_sampled(
         }
         assert trained == sampled
         assert len(engine.sampled) == 8
-        batch = _rewarded(bridge, collected.episodes)
+        batch = bridge.batch(collected.episodes)
         assert batch.transitions == 8
         assert batch.rows == 4, "the second turn continues the first, token by token"
         expected = sorted(t for _, c in engine.sampled for t in c.token_ids)
         assert sorted(batch.token_ids[batch.response_mask].tolist()) == expected
-
-
-def _rewarded(bridge: TrainerBridge, episodes: Sequence[object]) -> Batch:
-    return bridge.batch(episodes)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 def _settings(folder: Path, **changes: object) -> TrainSettings:
@@ -100,9 +96,7 @@ def _engine(folder: Path) -> EmbeddedSettings:
     model = folder / "m"
     if not model.exists():
         make_tiny_model(model)
-    return EmbeddedSettings(
-        model=str(model), learning_rate=3e-3, context_length=1024, threads=1, seed=1
-    )
+    return EmbeddedSettings(model=str(model), learning_rate=3e-3, context_length=1024, threads=1, seed=1)
 
 
 TRAIN = [Task(f"t{i}", f"word {i}") for i in range(6)]

@@ -67,11 +67,11 @@ def test_the_recorded_ids_and_logprobs_are_those_of_the_answer(server: LocalServ
 
 
 def test_a_stream_and_a_plain_call_give_and_store_the_same(server: LocalServer) -> None:
-    asked: dict[str, Any] = {"model": "policy", "messages": HELLO, "max_tokens": 40, "seed": 7}
+    usage: Any = {"include_usage": True}
     with client_of(server, "/rollouts/same/attempts/same-1") as client:
-        plain = client.chat.completions.create(**asked)
+        plain = client.chat.completions.create(model="policy", messages=HELLO, max_tokens=40, seed=7)
         with client.chat.completions.create(
-            **asked, stream=True, stream_options={"include_usage": True}
+            model="policy", messages=HELLO, max_tokens=40, seed=7, stream=True, stream_options=usage
         ) as stream:
             chunks = list(stream)
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
@@ -119,7 +119,7 @@ def test_top_logprobs_contain_the_likeliest_tokens(server: LocalServer) -> None:
 def test_a_request_that_extends_a_call_continues_its_very_ids(server: LocalServer) -> None:
     with client_of(server, "/rollouts/chain/attempts/chain-1") as client:
         first = client.chat.completions.create(model="policy", messages=HELLO, max_tokens=20)
-        history = [*HELLO, {"role": "assistant", "content": first.choices[0].message.content}]
+        history: list[Any] = [*HELLO, {"role": "assistant", "content": first.choices[0].message.content}]
         client.chat.completions.create(
             model="policy", messages=[*history, {"role": "user", "content": "more"}], max_tokens=5
         )

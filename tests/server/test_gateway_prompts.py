@@ -113,18 +113,12 @@ def test_an_answer_cut_at_the_limit_is_closed_before_what_follows(prompts: Promp
     assert following[len(prompt) + len(cut)] == EOS
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda m: [{**m[0], "content": "What is 1 + 2?"}, *m[1:]],
-        lambda m: [m[0], {**m[1], "content": "Three."}, m[2]],
-    ],
-    ids=["other question", "other answer"],
-)
-def test_a_changed_history_is_rendered_anew(prompts: PromptBuilder, change: Any) -> None:
+@pytest.mark.parametrize(("position", "text"), [(0, "What is 1 + 2?"), (1, "Three.")])
+def test_a_changed_history_is_rendered_anew(prompts: PromptBuilder, position: int, text: str) -> None:
     answered(prompts, "Two.", [], [USER])
     messages: list[Message] = [USER, {"role": "assistant", "content": "Two."}, USER]
-    assert not prompts.build(change(messages), [], "a").continued
+    messages[position] = {**messages[position], "content": text}
+    assert not prompts.build(messages, [], "a").continued
 
 
 def test_other_tools_or_another_attempt_do_not_continue(prompts: PromptBuilder) -> None:
@@ -170,7 +164,7 @@ def test_hermes_calls_are_read_with_the_text_around_them() -> None:
     assert [json.loads(str(c["function"]["arguments"])) for c in parsed.tool_calls] == [  # type: ignore[index]
         {"expression": "1 + 1"}
     ] * 2
-    assert len({c["id"] for c in parsed.tool_calls}) == 2
+    assert len({str(c["id"]) for c in parsed.tool_calls}) == 2
 
 
 @pytest.mark.parametrize(
