@@ -68,12 +68,15 @@ def agent_scores(subset: Subset, count: int, checkpoint: Path | None, output: Pa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "subsets", nargs="*", default=SUBSETS, help=f"of {', '.join(SUBSETS)}; all by default"
+    )
     parser.add_argument("--agent", action="store_true", help="run the agent too")
     parser.add_argument("--checkpoint", type=Path, help="checkpoint of a training run; none: the base model")
     parser.add_argument("--held-out", type=int, default=120)
     parser.add_argument("--output", type=Path, default=Path("runs/calcx-evaluate"))
     args = parser.parse_args()
-    for subset in SUBSETS:
+    for subset in args.subsets:
         tasks = load(subset, held_out=args.held_out).held_out
         line: dict[str, Any] = {"subset": subset, "held_out": len(tasks)}
         line["baselines"] = {pattern: round(baseline(tasks, pattern), 4) for pattern in BASELINES}
