@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -69,6 +70,7 @@ class ProgressReporter:
             f"rollouts {record.rollout_s:.1f} s  update {record.update_s:.1f} s  "
             f"left {self._left(record.step + 1)}",
             highlight=False,
+            soft_wrap=True,
         )
         self._show_problems(record.problems)
 
@@ -78,12 +80,15 @@ class ProgressReporter:
             f"return {record.mean_return:.3f} ± {1.96 * record.return_stderr:.3f}  "
             f"tool calls {record.tool_calls:.2f}  ({record.held_out} tasks, {record.seconds:.0f} s)",
             highlight=False,
+            soft_wrap=True,
         )
         self._show_problems(record.problems)
 
     def _show_problems(self, problems: Mapping[str, int]) -> None:
         for sentence, count in problems.items():
-            self._console.print(f"  [yellow]warning:[/] {count} x {sentence}", highlight=False)
+            self._console.print(
+                f"  [yellow]warning:[/] {count} x {escape(sentence)}", highlight=False, soft_wrap=True
+            )
 
     def _left(self, done: int) -> str:
         if self._first_step is None:
