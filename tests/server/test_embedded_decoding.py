@@ -161,6 +161,11 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_company(engine: EmbeddedEngin
     assert list(sampled(engine, [prompt], seed=8)[0].token_ids) != list(alone.token_ids)
 
 
+def test_a_seed_may_be_negative(engine: EmbeddedEngine) -> None:
+    first, again = sampled(engine, [some_tokens(1, 20)] * 2, seed=-1)
+    assert list(first.token_ids) == list(again.token_ids)
+
+
 def test_without_seeds_equal_prompts_draw_differently(engine: EmbeddedEngine) -> None:
     completions = sampled(engine, [some_tokens(1, 20)] * 4, seed=None)
     assert len({tuple(c.token_ids) for c in completions}) == 4

@@ -165,7 +165,7 @@ class PromptBuilder:
             options["tools"] = list(tools)
         try:
             return str(self._tokenizer.apply_chat_template(self._for_template(messages, tools), **options))
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, LookupError) as error:  # of the template's own code
             raise InvalidInput(f"the model's chat template refuses these messages: {error}") from error
 
     def _for_template(self, messages: Sequence[Message], tools: Sequence[JsonObject]) -> list[dict[str, Any]]:

@@ -23,7 +23,8 @@ REFUSED: Mapping[str, Any] = {
     "function_call": None,
     "audio": None,
 }
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+ROLES = ("assistant", "developer", "system", "tool", "user")
+GREEDY_BELOW = 1e-5  # a temperature this low only overflows the logits; vLLM draws the line here too
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +58,16 @@ def parse_chat_request(body: object) -> ChatRequest:
             raise InvalidInput(f"'{name}' is not supported by this server; leave it out")
     _check_format(fields.get("response_format"))
     options = fields.get("stream_options")
-    limit = fields.get("max_completion_tokens", fields.get("max_tokens"))
-    tools = [] if fields.get("tool_choice") == "none" else _objects(fields, "tools")
+    temperature = _number(fields, "temperature", 1.0, low=0, high=2)
+    limit = fields.get("max_completion_tokens")
+    limit = fields.get("max_tokens") if limit is None else limit
+    _check_tool_choice(fields.get("tool_choice"))
+    tools = [] if fields.get("tool_choice") == "none" else _tools(fields)
     return ChatRequest(
         model=_model(fields),
         messages=_messages(fields.get("messages")),
         tools=tools,
-        temperature=_number(fields, "temperature", 1.0, low=0, high=2),
+        temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
         top_p=_number(fields, "top_p", 1.0, low=0, high=1, open_low=True),
         max_tokens=None if limit is None else _whole({"max_tokens": limit}, "max_tokens", low=1),
         stop=_stops(fields.get("stop")),
@@ -85,7 +89,8 @@ def _model(fields: Mapping[str, Any]) -> str:
 
 
 def _check_format(value: Any) -> None:
-    if isinstance(value, Mapping) and cast("Any", value).get("type", "text") != "text":
+    kind = cast("Any", value).get("type", "text") if isinstance(value, Mapping) else value or "text"
+    if kind != "text":
         raise InvalidInput(
             "'response_format' other than text is not supported here: ask for the format in the prompt"
         )
@@ -98,7 +103,7 @@ def _messages(value: Any) -> list[Message]:
     for position, item in enumerate(cast("list[Any]", value)):
         role = cast("Any", item).get("role") if isinstance(item, Mapping) else None
         if role not in ROLES:
-            raise InvalidInput(f"messages[{position}].role must be one of {', '.join(sorted(ROLES))}")
+            raise InvalidInput(f"messages[{position}].role must be one of {', '.join(ROLES)}")
         message = cast("Mapping[str, Any]", item)
         _check_content(message.get("content"), position)
         _check_tool_calls(message.get("tool_calls"), position)
@@ -116,21 +121,48 @@ def _check_content(content: Any, position: int) -> None:
             raise InvalidInput(
                 f"messages[{position}].content: only text is supported, got {kind or 'no'} part"
             )
+        text = cast("Any", part).get(kind)
+        if text is not None and not isinstance(text, str):
+            raise InvalidInput(f"messages[{position}].content: the text of a part must be a string")
 
 
 def _check_tool_calls(calls: Any, position: int) -> None:
-    for call in cast("list[Any]", calls or []):
+    for call in cast("list[Any]", calls or []) if isinstance(calls, list | None) else [None]:
         function = cast("Any", call).get("function") if isinstance(call, Mapping) else None
         name = cast("Any", function).get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str):
             raise InvalidInput(f"messages[{position}].tool_calls: each needs function.name and .arguments")
 
 
-def _objects(fields: Mapping[str, Any], name: str) -> list[JsonObject]:
-    value = cast("Any", fields.get(name) or [])
-    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in cast("list[Any]", value)):
-        raise InvalidInput(f"'{name}' must be an array of objects")
-    return cast("list[JsonObject]", value)
+def _check_tool_choice(value: Any) -> None:
+    if value not in (None, "auto", "none"):
+        raise InvalidInput(
+            "'tool_choice' other than auto and none is not supported: the model cannot be forced to call, "
+            "ask for it in the prompt"
+        )
+
+
+def _tools(fields: Mapping[str, Any]) -> list[JsonObject]:
+    value = cast("Any", fields.get("tools") or [])
+    if not isinstance(value, list):
+        raise InvalidInput("'tools' must be an array of objects")
+    tools = cast("list[Any]", value)
+    for position, tool in enumerate(tools):
+        _check_tool(tool, f"tools[{position}]")
+    return tools
+
+
+def _check_tool(tool: Any, where: str) -> None:
+    """The parts that prompts are written from; the rest of a schema is the model's to read."""
+    function = cast("Any", tool).get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(cast("Any", function).get("name"), str):
+        raise InvalidInput(f"{where} must be an object with type 'function' and function.name")
+    parameters = cast("Any", function).get("parameters")
+    if not isinstance(parameters, Mapping | None):
+        raise InvalidInput(f"{where}.function.parameters must be a JSON schema, an object")
+    properties = cast("Any", parameters or {}).get("properties")
+    if not isinstance(properties, Mapping | None):
+        raise InvalidInput(f"{where}.function.parameters.properties must be an object")
 
 
 def _stops(value: Any) -> tuple[str, ...]:

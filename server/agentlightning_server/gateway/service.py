@@ -54,7 +54,7 @@ class Gateway:
         if model in (base, base.rsplit("/", 1)[-1]):
             return self._engine.policies[0]
         served = ", ".join(self._engine.policies)
-        raise ModelNotFound(f"the model '{model}' does not exist on this server, which serves: {served}")
+        raise ModelNotFound(f"the model '{model:.200}' does not exist on this server, which serves: {served}")
 
     async def complete(self, request: ChatRequest, caller: Caller) -> Answer:
         """Sample, record, answer. A failed or cancelled request leaves a span with its error.

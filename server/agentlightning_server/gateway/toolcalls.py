@@ -62,16 +62,20 @@ def _function(tool: JsonObject) -> Mapping[str, Any]:
     """What a model needs to know of a function: name, description, parameters without titles."""
     function = cast("Mapping[str, Any]", tool.get("function") or tool)
     parameters = cast("Mapping[str, Any]", function.get("parameters") or {})
-    properties = cast("Mapping[str, Mapping[str, Any]]", parameters.get("properties") or {})
-    shown = {
-        name: {key: value for key, value in schema.items() if key != "title"}
-        for name, schema in properties.items()
-    }
+    properties = cast("Mapping[str, Any]", parameters.get("properties") or {})
+    shown = {name: _untitled(schema) for name, schema in properties.items()}
     return {
         "name": function.get("name"),
         "description": function.get("description", ""),
         "parameters": shown,
     }
+
+
+def _untitled(schema: Any) -> Any:
+    if not isinstance(schema, Mapping):  # true and false are schemas too
+        return schema
+    fields = cast("Mapping[str, Any]", schema)
+    return {key: value for key, value in fields.items() if key != "title"}
 
 
 def _call(name: str, arguments: Any) -> JsonObject:
@@ -150,7 +154,7 @@ def arguments_of(call: Mapping[str, Any]) -> Any:
     if isinstance(arguments, str):
         try:
             return json.loads(arguments or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             return arguments
     return arguments
 

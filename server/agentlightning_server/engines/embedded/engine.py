@@ -112,7 +112,7 @@ class EmbeddedEngine:
     def _random(self, seed: int | None) -> np.random.Generator:
         """The request's own stream; without a seed, the next one of the engine's."""
         if seed is not None:
-            return np.random.Generator(np.random.Philox(seed))
+            return np.random.Generator(np.random.Philox(seed % 2**64))  # OpenAI's seeds may be negative
         self._requests += 1
         return np.random.Generator(np.random.Philox(key=[self.settings.seed, self._requests]))
 
