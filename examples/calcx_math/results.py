@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agentlightning_server.training.reporting import mean_and_stderr
+from agentlightning_server.training.plots import draw_curve
+from agentlightning_server.training.reporting import EvalRecord, StepRecord, mean_and_stderr
 
 RESULTS = Path(__file__).parent / "results"
 Z95 = 1.96
@@ -42,6 +43,17 @@ def row(records: Mapping[str, Any]) -> str:
     )
 
 
+def draw(records: Mapping[str, Any]) -> None:
+    """The curve of one run."""
+    seed = records["seed"]
+    draw_curve(
+        RESULTS / f"seed{seed}.png",
+        [StepRecord(**step) for step in records["steps"]],
+        [EvalRecord(**evaluation) for evaluation in records["evaluations"]],
+        title=f"Calc-X (easy), SmolLM2-135M-Instruct, GRPO, seed {seed}, commit {records['commit']}",
+    )
+
+
 def main() -> None:
     """Write the table, and copy records and curves beside it."""
     RESULTS.mkdir(exist_ok=True)
@@ -50,7 +62,7 @@ def main() -> None:
         records = json.loads((folder / "records.json").read_text())
         table.append(row(records))
         shutil.copy(folder / "records.json", RESULTS / f"seed{records['seed']}.json")
-        shutil.copy(folder / "curve.png", RESULTS / f"seed{records['seed']}.png")
+        draw(records)
     (RESULTS / "table.md").write_text("\n".join(table) + "\n")
     print("\n".join(table))
 
