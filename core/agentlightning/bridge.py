@@ -3,7 +3,7 @@
 `collect` turns tasks into finished rollouts and their spans into episodes; `batch` turns episodes into token
 rows. It talks to the store through `RolloutService`, in process or over HTTP, and knows no engine.
 Rollout ids follow from (run, step, task, sample), so collecting a step again after a crash reuses whatever
-had finished.
+had finished; another `retry` collects the step anew.
 """
 
 from __future__ import annotations
@@ -113,6 +113,7 @@ class TrainerBridge:
         mode: Mode = Mode.TRAIN,
         version: int | None = None,
         limits: Limits | None = None,
+        retry: int = 0,
         timeout_s: float = 3600.0,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Collected:
@@ -121,7 +122,7 @@ class TrainerBridge:
         Blocks until all rollouts are final. Failed rollouts are counted in `problems`; at `timeout_s` the
         rest is cancelled. Raises NothingToLearn when no rollout succeeded.
         """
-        rollouts = self._rollouts(tasks, step, group_size, mode, version, limits or Limits())
+        rollouts = self._rollouts(tasks, step, group_size, mode, version, limits or Limits(), retry)
         self._service.enqueue(rollouts)
         ended = self._await([r.id for r in rollouts], timeout_s, on_progress)
         by_id = {r.id: r for r in ended}
@@ -149,12 +150,14 @@ class TrainerBridge:
         mode: Mode,
         version: int | None,
         limits: Limits,
+        retry: int,
     ) -> list[Rollout]:
         if group_size < 1:
             raise InvalidInput(f"group_size must be at least 1, got {group_size}")
         rollouts: list[Rollout] = []
+        again = f".retry{retry}" if retry else ""
         for position, task in enumerate(tasks):
-            group = f"{self.run_id}.{mode}.{step}.{position}"
+            group = f"{self.run_id}.{mode}.{step}{again}.{position}"
             for sample in range(group_size):
                 rollouts.append(
                     Rollout(
@@ -218,6 +221,11 @@ def make_batch(episodes: Sequence[Episode], learning: LearningSettings) -> Batch
         agents = sorted({str(t.agent_name) for e in own for t in e.transitions})
         raise NothingToLearn(f"the agent selector matches no call; agents seen: {', '.join(agents)}")
     usable = [e for e in chosen if e.transitions and e.final_reward is not None]
+    if not usable and any(e.transitions for e in chosen):
+        raise NothingToLearn(
+            "no episode that called the policy has a final reward: return a number from the agent function, "
+            "or call emit_reward(value)"
+        )
     advantages = group_advantages(
         [learning.credit(e) for e in usable], [e.group_id for e in usable], learning.estimator
     )

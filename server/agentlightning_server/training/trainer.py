@@ -2,7 +2,8 @@
 
 On-policy and synchronous: a step's rollouts are sampled by the version that the update improves. Resume is
 exact: the order of tasks follows from seed and step, rollout ids from run, step and task, and a checkpoint
-holds all state of the engine; finished rollouts of an interrupted step are reused.
+holds all state of the engine; finished rollouts of an interrupted step are reused, unless it was
+interrupted because nothing could be learned from them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,14 @@ from agentlightning_server.training.reporting import (
     EvalRecord,
     MetricsFile,
     Reporter,
+    Retries,
     SilentReporter,
     StepRecord,
     check_identity,
     mean_and_stderr,
+    read_object,
     tool_call_share,
+    write_whole,
 )
 
 MAX_FLAT_STEPS = 5  # steps in a row without a gradient before the run is given up
@@ -93,6 +98,7 @@ class Trainer:
         self._bridge = TrainerBridge(service, settings.run_id, settings.learning)
         settings.output.mkdir(parents=True, exist_ok=True)
         self._metrics = MetricsFile(settings.output / "metrics.jsonl")
+        self._retries = Retries(settings.output / "retries.json")
         self._flat_steps = 0
         self.watch: Callable[[], None] = lambda: None
         """Called about once a second while rollouts run; raises to end the run (a dead runner, say)."""
@@ -105,7 +111,7 @@ class Trainer:
         settings = self._settings
         if settings.steps and not train:
             raise InvalidInput("there are no training tasks")
-        check_identity(settings.output / "run.json", self._identity(train))
+        check_identity(settings.output / "run.json", self._identity(train, held_out))
         start, checkpoint = self._resume()
         before = self._evaluated(held_out, 0) if start == 0 else self._metrics.evaluation(0)
         for step in range(start, settings.steps):
@@ -115,7 +121,7 @@ class Trainer:
                 checkpoint = self._save(done)
             if settings.eval_every and done % settings.eval_every == 0 and done < settings.steps:
                 self._evaluated(held_out, done)
-        after = self._evaluated(held_out, settings.steps) if settings.steps else None
+        after = self._evaluated(held_out, max(start, settings.steps)) if settings.steps else None
         return TrainResult(self._metrics.steps(), before, after, checkpoint)
 
     def _evaluated(self, tasks: Sequence[Task], step: int) -> EvalRecord | None:
@@ -124,13 +130,14 @@ class Trainer:
             return None
         return self._metrics.evaluation(step) or self.evaluate(tasks, step)
 
-    def _identity(self, train: Sequence[Task]) -> dict[str, Any]:
+    def _identity(self, train: Sequence[Task], held_out: Sequence[Task]) -> dict[str, Any]:
         """What must stay the same for a run to be continued."""
         settings, learning = self._settings, self._settings.learning
         return {
             "model": self._engine.base_model,
             "seed": settings.seed,
             "tasks": digest_of(train),
+            **({"held_out": digest_of(held_out)} if held_out else {}),
             "tasks_per_step": settings.tasks_per_step,
             "group_size": settings.group_size,
             "policy": learning.policy,
@@ -145,7 +152,8 @@ class Trainer:
         """
         self._reporter.phase("evaluate", step)
         began = time.monotonic()
-        collected = self._collect(tasks, step, group_size=1, mode=Mode.VAL)
+        with self._given_up(Mode.VAL, step):
+            collected = self._collect(tasks, step, group_size=1, mode=Mode.VAL)
         earned = {str(e.task_id): e for e in collected.episodes if e.final_reward is not None}
         rewards = {t.id: earned[t.id].final_reward or 0.0 if t.id in earned else 0.0 for t in tasks}
         returns = {t.id: earned[t.id].total_return if t.id in earned else 0.0 for t in tasks}
@@ -173,7 +181,22 @@ class Trainer:
     def _version(self) -> int:
         return self._engine.version(self._settings.learning.policy)
 
+    @contextmanager
+    def _given_up(self, mode: Mode, step: int) -> Generator[None]:
+        """The next start runs the step anew when nothing can be learned from these rollouts."""
+        try:
+            yield
+        except NothingToLearn:
+            self._retries.add(mode, step)
+            raise
+
     def _step(self, train: Sequence[Task], step: int) -> None:
+        with self._given_up(Mode.TRAIN, step):
+            record = self._stepped(train, step)
+        self._metrics.write(record)
+        self._reporter.stepped(record)
+
+    def _stepped(self, train: Sequence[Task], step: int) -> StepRecord:
         settings = self._settings
         self._reporter.phase("rollouts", step)
         began = time.monotonic()
@@ -184,7 +207,7 @@ class Trainer:
         batch = self._bridge.batch(collected.episodes)
         mixed, groups = learnable_groups(collected.episodes, settings.learning.credit)
         update = self._update(batch)
-        record = StepRecord(
+        return StepRecord(
             step=step,
             version=self._version,
             reward=collected.mean_reward,
@@ -199,8 +222,6 @@ class Trainer:
             problems={**collected.problems, **({} if update else {NO_DIFFERENCE: 1})},
             update={name: float(value) for name, value in update.items() if math.isfinite(value)},
         )
-        self._metrics.write(record)
-        self._reporter.stepped(record)
 
     def _update(self, batch: Batch) -> Mapping[str, float]:
         """Update the policy, unless all advantages are zero; too many such steps in a row end the run."""
@@ -224,6 +245,7 @@ class Trainer:
             mode=mode,
             version=self._version,
             limits=self._settings.limits,
+            retry=self._retries.of(mode, step),
             timeout_s=self._settings.step_timeout_s,
             on_progress=self._progressed,
         )
@@ -238,9 +260,7 @@ class Trainer:
         folder = self._settings.output / "checkpoints" / f"step-{done:06d}"
         self._engine.save(folder)
         state = self._settings.output / "state.json"
-        temporary = state.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"step": done, "checkpoint": folder.name}), encoding="utf-8")
-        temporary.replace(state)
+        write_whole(state, json.dumps({"step": done, "checkpoint": folder.name}))
         for old in folder.parent.glob("step-*"):
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
@@ -251,7 +271,10 @@ class Trainer:
         state = self._settings.output / "state.json"
         if not state.exists():
             return 0, None
-        saved = json.loads(state.read_text(encoding="utf-8"))
-        folder = self._settings.output / "checkpoints" / saved["checkpoint"]
+        match read_object(state):
+            case {"step": int(step), "checkpoint": str(name)}:
+                folder = self._settings.output / "checkpoints" / name
+            case _:
+                raise InvalidInput(f"{state} is damaged: restore it, or choose another output folder")
         self._engine.load(folder)
-        return int(saved["step"]), folder
+        return step, folder

@@ -54,9 +54,21 @@ def save(
 
 
 def load(directory: Path) -> tuple[EngineState, dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a checkpoint. Raises NotFound when there is none, InvalidInput for another format."""
+    """Read a checkpoint. Raises NotFound when there is none, InvalidInput for a damaged one."""
     if not (directory / "state.json").is_file():
         raise NotFound(f"there is no checkpoint in {directory}")
+    try:
+        return _read(directory)
+    except InvalidInput:
+        raise
+    except Exception as error:  # each of the three readers has errors of its own kind
+        raise InvalidInput(
+            f"the checkpoint in {directory} is damaged ({error}): choose another one, or start anew in "
+            "another folder"
+        ) from error
+
+
+def _read(directory: Path) -> tuple[EngineState, dict[str, torch.Tensor], dict[str, Any]]:
     fields: dict[str, Any] = json.loads((directory / "state.json").read_text())
     if fields.pop("format", None) != _FORMAT:
         raise InvalidInput(f"the checkpoint in {directory} was written by another version of this program")
