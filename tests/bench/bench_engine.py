@@ -6,7 +6,7 @@ that what sharing prefixes gains can be told from what batching gains.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportMissingTypeStubs=false
+# pyright: reportMissingTypeStubs=false, reportMissingImports=false
 from __future__ import annotations
 
 import asyncio
