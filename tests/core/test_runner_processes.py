@@ -4,8 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,36 @@ def test_attempts_that_do_not_finish_are_ended_and_given_back(
     assert server.store.rollout(rollout_id).status is RolloutStatus.QUEUED
     assert [a.status for a in server.store.attempts(rollout_id)] == [AttemptStatus.CANCELLED]
     server.store.cancel([rollout_id])
+
+
+def test_threads_that_the_agents_import_started_do_not_outlive_the_worker(
+    server: StoreServer, tmp_path: Path
+) -> None:
+    agent = tmp_path / "threaded_agent.py"
+    agent.write_text(
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "def run(task): return 1.0\n"
+    )
+    began = time.monotonic()
+    with Worker(server.client, f"{agent}:run"):
+        server.store.enqueue([queued("threaded")])
+        server.store.wait(["threaded"], 30)
+    assert server.store.rollout("threaded").status is RolloutStatus.SUCCEEDED
+    assert time.monotonic() - began < 25
+
+
+def test_a_second_signal_ends_the_worker_also_when_the_server_is_gone(tmp_path: Path) -> None:
+    with ExitStack() as serving:
+        server = serving.enter_context(store_server(tmp_path))
+        with worker_process(server) as process:
+            server.store.enqueue([todo("unreported", "hang_once", tmp_path)])
+            pids = pids_of(tmp_path)
+            serving.close()
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(40) == 0
+    assert not any(map(alive, pids))
 
 
 def test_the_command_says_what_it_lacks() -> None:

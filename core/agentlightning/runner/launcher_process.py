@@ -253,7 +253,19 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def main(fd: int, server_url: str, reference: str) -> None:
-    """Entry of the launcher process; `fd` is its end of the socket."""
+    """Entry of the launcher process; `fd` is its end of the socket. Never returns."""
+    try:
+        _launch(fd, server_url, reference)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(0)  # not sys.exit: threads that the agent's import started must not hold the process
+
+
+def _launch(fd: int, server_url: str, reference: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's to handle
     sock = socket.socket(fileno=fd)
     sock.set_inheritable(False)

@@ -239,7 +239,7 @@ class Worker:
                 logger.warning("the result of %s is not wanted: %s", claim.attempt.id, error)
                 return
             except (Unavailable, StoreError) as error:
-                if time.monotonic() > deadline:
+                if self._hurry or time.monotonic() > deadline:
                     logger.warning("the result of %s cannot be reported: %s", claim.attempt.id, error)
                     return
 
