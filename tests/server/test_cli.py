@@ -12,7 +12,11 @@ import httpx
 import pytest
 from tests.support.waiting import wait_until
 
+from agentlightning.errors import Unavailable
+from agentlightning_server.cli.commands import run_id_of
 from agentlightning_server.engines.embedded.tiny import make_tiny_model
+from agentlightning_server.store.queue import check_id
+from agentlightning_server.training.local import only_server_of
 from agentlightning_server.training.trainer import TrainSettings
 
 ROOT = Path(__file__).parents[2]
@@ -134,6 +138,12 @@ def test_serve_prints_how_to_reach_it_and_ends_on_a_signal(tmp_path: Path) -> No
         (["eval", "no.such:agent", "--tasks", "one.jsonl", "--model", "m"], 1, "no module"),
         (["eval", SAY_E, "--tasks", "broken.jsonl"], 1, "broken.jsonl, line 2 is not JSON"),
         (["eval", SAY_E, "--tasks", "one.jsonl", "--model", "./nothing"], 1, "nothing"),
+        (
+            ["train", SAY_E, "--tasks", "one.jsonl", "--output", "one.jsonl"],
+            1,
+            "one.jsonl: File exists; name",
+        ),
+        (["train", SAY_E, "--tasks", "one.jsonl", "--output", "one.jsonl/x"], 1, "x: Not a directory; name"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_no_traceback(
@@ -146,6 +156,26 @@ def test_a_mistake_is_one_sentence_and_no_traceback(
     assert done.returncode == code, done.stderr
     assert re.search(sentence, re.sub(r"\s+", " ", done.stderr))
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("folder", "run_id"),
+    [("runs/train", "train"), ("my run #1 ü", "my-run--1--"), (".hidden", "hidden"), ("/", "run")],
+)
+def test_any_folder_name_gives_a_run_id_that_fits_into_rollout_ids(folder: str, run_id: str) -> None:
+    assert run_id_of(Path(folder)) == run_id
+    assert check_id(f"{run_id}.train.0.0.0")
+
+
+def test_a_folder_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:
+    with (
+        only_server_of(tmp_path),
+        pytest.raises(Unavailable, match="another process trains or serves in"),
+        only_server_of(tmp_path),
+    ):
+        pass
+    with only_server_of(tmp_path):
+        pass
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -101,10 +102,11 @@ def serve(
     )
     if checkpoint is not None:
         engine.load(checkpoint)
+    ended = _end_at_signal()
     with local_server(engine, settings) as server:
         _announce(server)
         if not learn:
-            _wait_for_signal()
+            _wait_for(ended)
             return
         learning = LearningSettings(
             policy=policy, air=AIR(), select=select_agents(*agents) if agents else None
@@ -113,7 +115,7 @@ def serve(
         trainer = LiveTrainer(engine, server.store, live, _show_update)
         learner = threading.Thread(target=trainer.run, name="agentlightning-live")
         learner.start()
-        _wait_for_signal()
+        _wait_for(ended)
         trainer.stop()
         learner.join()
 
@@ -164,7 +166,7 @@ def train(
         estimator=estimator,
     )
     training = TrainSettings(
-        run_id=output.resolve().name,
+        run_id=run_id_of(output),
         output=output,
         steps=steps,
         tasks_per_step=tasks_per_step,
@@ -179,6 +181,11 @@ def train(
     server = Settings(host=host, port=port, admin_key=admin_key)
     runner = RunnerSettings(agent, concurrency, tracer) if agent else None
     _run(runner, training, engine, server, load_tasks(tasks), _held_out(val), as_json)
+
+
+def run_id_of(output: Path) -> str:
+    """The folder's name, as far as it can stand at the head of rollout ids."""
+    return re.sub(r"[^A-Za-z0-9._~-]", "-", output.resolve().name).lstrip("._~-")[:80] or "run"
 
 
 @app.command(name="eval")
@@ -332,15 +339,25 @@ def _show_update(record: StepRecord) -> None:
     )
 
 
-def _wait_for_signal() -> None:
+def _end_at_signal() -> threading.Event:
+    """Set by the first SIGINT or SIGTERM; the second ends the process at once."""
     ended = threading.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM)
 
     def end(_number: int, _frame: object) -> None:
         ended.set()
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in numbers:
         signal.signal(number, end)
-    ended.wait()
+    return ended
+
+
+def _wait_for(ended: threading.Event) -> None:
+    """Looks up every second: a signal that the kernel hands to another thread does not wake this one."""
+    while not ended.wait(1.0):
+        pass
 
 
 def _show(finding: Finding) -> None:

@@ -25,6 +25,9 @@ def main() -> None:
         app()
     except AgentLightningError as error:
         sys.exit(f"agl: {error}")
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"agl: {place}{error.strerror or error}; name another folder, or see to its room and rights")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -75,12 +75,17 @@ class LiveTrainer:
     def run(self) -> None:
         """Learn until `stop`; an update that fails is logged and its rollouts are not tried again."""
         while not self._stop.wait(self._settings.poll_s):
-            try:
-                while self.step() is not None:
-                    pass
-            except AgentLightningError as error:
-                logger.warning("no update from live rollouts: %s", error)
+            self._learn()
         self._save()
+
+    def _learn(self) -> None:
+        try:
+            while not self._stop.is_set() and self.step() is not None:
+                pass
+        except AgentLightningError as error:
+            logger.warning("no update from live rollouts: %s", error)
+        except Exception:  # a full disk, say: learning goes on when it can
+            logger.exception("no update from live rollouts")
 
     def stop(self) -> None:
         """End `run` after what it is doing."""

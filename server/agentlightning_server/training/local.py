@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from agentlightning.context import ENV_KEY, ENV_TRACER
-from agentlightning.errors import AgentLightningError
+from agentlightning.errors import AgentLightningError, Unavailable
 from agentlightning.types import Span, Task
 from agentlightning_server.app import create_app, serve_in_thread
 from agentlightning_server.engines.base import Engine
@@ -27,6 +27,11 @@ from agentlightning_server.settings import Settings
 from agentlightning_server.store import Store
 from agentlightning_server.training.reporting import Reporter
 from agentlightning_server.training.trainer import Trainer, TrainResult, TrainSettings
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 RUNNER_GRACE_S = 2.0  # for attempts to finish; all that matter have finished when the runner is stopped
 RUNNER_STOP_S = 15.0  # from SIGTERM to SIGKILL
@@ -62,7 +67,10 @@ def local_server(
 ) -> Generator[LocalServer]:
     """Serve an engine until the block ends; the engine is closed with it."""
     settings = settings.with_admin_key()
-    with Store(settings.database, durability=settings.durability) as store:
+    with (
+        only_server_of(settings.data_dir),
+        Store(settings.database, durability=settings.durability) as store,
+    ):
 
         async def record(spans: Sequence[Span]) -> None:
             await asyncio.wrap_future(store.submit_spans(spans))
@@ -75,6 +83,26 @@ def local_server(
         finally:
             engine.close()
             server.stop()
+
+
+@contextmanager
+def only_server_of(folder: Path) -> Generator[None]:
+    """Hold the folder while the block runs. Raises Unavailable when another process does.
+
+    Two that train in one folder would take each other's rollouts and overwrite each other's checkpoints.
+    """
+    if fcntl is None:  # no such locks here
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "server.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Unavailable(
+                f"another process trains or serves in {folder}: wait for its end, or choose another folder"
+            ) from error
+        yield
 
 
 @contextmanager

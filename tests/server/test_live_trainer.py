@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.support.spans import gateway_call
+from tests.support.waiting import wait_until
+
+from agentlightning.types import Batch, Reward, live_attempt_id, live_rollout_id
+from agentlightning_server.store import Store
+from agentlightning_server.training.live import LiveSettings, LiveTrainer
+
+
+class FailsOnce:
+    """An engine whose first update fails."""
+
+    def __init__(self) -> None:
+        self.tried = 0
+
+    def version(self, _policy: str) -> int:
+        return 3
+
+    def update(self, _batch: Batch) -> Mapping[str, float]:
+        self.tried += 1
+        if self.tried == 1:
+            raise RuntimeError("out of memory")
+        return {"loss": 0.5}
+
+    def save(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+
+
+def rewarded(store: Store, number: int) -> None:
+    trace_id = f"{number + 1:032x}"
+    ids: dict[str, Any] = {"rollout_id": live_rollout_id(trace_id), "attempt_id": live_attempt_id(trace_id)}
+    store.add_spans([gateway_call(1, [1, 2], [3, 4], trace_id=trace_id, **ids)])
+    store.add_reward(live_rollout_id(trace_id), Reward(float(number % 2)))
+
+
+def test_an_update_that_fails_does_not_end_the_learning(tmp_path: Path) -> None:
+    engine: Any = FailsOnce()
+    records: list[Any] = []
+    with Store(tmp_path / "store.db") as store:
+        trainer = LiveTrainer(
+            engine,
+            store,
+            LiveSettings(tmp_path, batch_size=2, poll_s=0.02, reward_wait_s=1e12),
+            records.append,
+        )
+        learner = threading.Thread(target=trainer.run)
+        learner.start()
+        try:
+            for number in range(2):
+                rewarded(store, number)
+            wait_until(lambda: engine.tried == 1)
+            for number in range(2, 4):
+                rewarded(store, number)
+            wait_until(lambda: bool(records))
+        finally:
+            trainer.stop()
+            learner.join()
+    assert records[0].episodes == 2
+    assert records[0].reward == 0.5
+
+
+def test_a_rollout_is_learned_from_once_also_after_a_restart(tmp_path: Path) -> None:
+    engine: Any = FailsOnce()
+    engine.tried = 1
+    settings = LiveSettings(tmp_path, batch_size=2)
+    with Store(tmp_path / "store.db") as store:
+        for number in range(3):
+            rewarded(store, number)
+        assert LiveTrainer(engine, store, settings).step() is not None
+        again = LiveTrainer(engine, store, settings)
+        assert again.step() is None, "one is left, too few"
+        rewarded(store, 3)
+        assert again.step() is not None
