@@ -111,6 +111,17 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     other.close()
 
 
+@pytest.mark.parametrize("name", ["state.json", "weights.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("how", ["cut", "missing"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, how: str) -> None:
+    state = checkpoint.EngineState(1, 1, 1, "model", 0, 0)
+    checkpoint.save(tmp_path / "c", state, {"w": torch.zeros(8)}, {"step": torch.ones(1)})
+    file = tmp_path / "c" / name
+    file.unlink() if how == "missing" else file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises((InvalidInput, NotFound), match=r"the checkpoint in .*/c is damaged|no checkpoint in"):
+        checkpoint.load(tmp_path / "c")
+
+
 def test_full_weights_are_exported_as_an_ordinary_model_folder(tmp_path: Path) -> None:
     engine = tiny_engine(tmp_path / "model", learning_rate=1e-2)
     learn(engine)
