@@ -120,7 +120,7 @@ class TrainerBridge:
         """Run every task `group_size` times and read the episodes of those that ended.
 
         Blocks until all rollouts are final. Failed rollouts are counted in `problems`; at `timeout_s` the
-        rest is cancelled. Raises NothingToLearn when no rollout succeeded.
+        rest is cancelled. Raises NothingToLearn when none can be used.
         """
         rollouts = self._rollouts(tasks, step, group_size, mode, version, limits or Limits(), retry)
         self._service.enqueue(rollouts)
@@ -194,12 +194,16 @@ class TrainerBridge:
         if rollout.status is not RolloutStatus.SUCCEEDED or attempt is None:
             problems[_last_line(attempt.error if attempt else None) or f"rollout {rollout.status}"] += 1
             return None
-        episode = read_episode(
-            rollout,
-            attempt,
-            self._service.spans(rollout.id),
-            reward_weights=self.learning.reward_weights,
-        )
+        try:
+            episode = read_episode(
+                rollout,
+                attempt,
+                self._service.spans(rollout.id),
+                reward_weights=self.learning.reward_weights,
+            )
+        except InvalidInput as error:  # its spans or rewards cannot be used: the others still can
+            problems[str(error)] += 1
+            return None
         for sentence in episode.untrainable:
             problems[sentence.split(": ", 1)[-1]] += 1
         if episode.final_reward is None:
@@ -257,4 +261,4 @@ def _last_line(error: str | None) -> str | None:
 
 def _nothing(problems: Counter[str]) -> str:
     reasons = "; ".join(f"{sentence} ({count}x)" for sentence, count in problems.most_common(3))
-    return f"no rollout succeeded: {reasons or 'no worker took one, is a runner connected?'}"
+    return f"no rollout can be used: {reasons or 'no worker took one, is a runner connected?'}"

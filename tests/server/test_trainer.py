@@ -129,6 +129,24 @@ def test_an_agent_without_rewards_is_told_so_and_the_step_runs_anew(tmp_path: Pa
     assert trainer(store, tmp_path).run(TRAIN).steps[0].mixed_groups == 2
 
 
+def test_rewards_that_cannot_be_used_are_one_rollouts_problem(tmp_path: Path, store: Served) -> None:
+    works = store.agent
+
+    def two_dimensions(claim: Claim) -> float | None:
+        if claim.rollout.id.endswith("0.0.0"):
+            store.add_reward(claim.rollout.id, Reward(1.0, "style"))
+            store.add_reward(claim.rollout.id, Reward(1.0, "length"))
+            store.call(claim)
+            return None
+        return works(claim)
+
+    store.agent = two_dimensions
+    (step,) = trainer(store, tmp_path).run(TRAIN).steps
+    assert step.episodes == 3
+    (problem,) = step.problems
+    assert "name one of them 'reward'" in problem
+
+
 def test_one_failed_rollout_leaves_the_others_and_is_counted(tmp_path: Path, store: Served) -> None:
     works = store.agent
 

@@ -62,7 +62,7 @@ def _final_reward(named: Mapping[str, float], weights: Mapping[str, float] | Non
         return next(iter(named.values()))
     raise InvalidInput(
         f"several reward dimensions ({', '.join(sorted(named))}) and none is called '{FINAL}': "
-        "pass reward_weights, e.g. {'correctness': 1.0, 'format': 0.1}"
+        f"name one of them '{FINAL}', or pass reward_weights, e.g. {{'correctness': 1.0, 'format': 0.1}}"
     )
 
 

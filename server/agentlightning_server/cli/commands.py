@@ -364,6 +364,6 @@ def _show(finding: Finding) -> None:
     colour = {Level.OK: "green", Level.WARNING: "yellow", Level.ERROR: "red"}[finding.level]
     out = Console()
     out.print(f"[{colour}]{finding.level:>7}[/]  ", end="")
-    out.print(finding.what, highlight=False, markup=False)
+    out.print(finding.what, highlight=False, markup=False, soft_wrap=True)
     if finding.remedy:
-        out.print(f"         -> {finding.remedy}", highlight=False, markup=False)
+        out.print(f"         -> {finding.remedy}", highlight=False, markup=False, soft_wrap=True)
