@@ -120,4 +120,9 @@ def report(result: TrainResult, output: Path, args: argparse.Namespace, wall_s: 
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "stopped; the same command without --fresh goes on from the last checkpoint"
+        ) from None

@@ -76,6 +76,7 @@ def test_a_running_agent_learns_from_rewards_that_come_later(tmp_path: Path) -> 
         assert record.update["response_tokens"] > 0
         assert trainer.step() is None, "a rollout is learned from once"
 
+        trainer.save()
         again = LiveTrainer(server.engine, server.store, settings)
         assert again.step() is None, "also after a restart"
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ from agentlightning_server.training.local import (
     RunnerSettings,
     load_engine,
     local_server,
+    newest_checkpoint,
     train_locally,
 )
 from agentlightning_server.training.reporting import StepRecord
@@ -84,7 +86,9 @@ def serve(
     admin_key: AdminKeyOption = None,
     data: Annotated[Path, typer.Option(help="Folder of the database and the key.")] = Path("runs/serve"),
     policy: Annotated[str, typer.Option(help="Name the model is served under.")] = "policy",
-    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint of a run to serve.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder of a run, or one of its checkpoints, to serve.")
+    ] = None,
     learn: Annotated[bool, typer.Option(help="Learn from live rollouts as they get rewards.")] = False,
     batch_size: Annotated[int, typer.Option(min=2, help="Rewarded rollouts per update.")] = 32,
     learning_rate: Annotated[float, typer.Option(min=0)] = 1e-5,
@@ -101,7 +105,7 @@ def serve(
         EmbeddedSettings(model=model, policy=policy, learning_rate=learning_rate, lora_rank=lora_rank)
     )
     if checkpoint is not None:
-        engine.load(checkpoint)
+        engine.load(newest_checkpoint(checkpoint))
     ended = _end_at_signal()
     with local_server(engine, settings) as server:
         _announce(server)
@@ -193,7 +197,9 @@ def evaluate(
     agent: AgentArgument,
     tasks: TasksOption,
     model: ModelOption = DEFAULT_MODEL,
-    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint of a run to evaluate.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder of a run, or one of its checkpoints.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for evaluations.")] = Path("runs/eval"),
     timeout: Annotated[float, typer.Option(min=1, help="Seconds one attempt may take.")] = 600.0,
     concurrency: ConcurrencyOption = 16,
@@ -220,6 +226,7 @@ def run(
 ) -> None:
     """Lease rollouts from a server and run the agent on them, until interrupted."""
     os.environ[ENV_TRACER] = tracer
+    sys.path.insert(0, str(Path.cwd()))  # a console script does not look there for the agent's module
     arguments = [agent, "--server", server, "--key", key, "--concurrency", str(concurrency)]
     raise typer.Exit(run_worker(arguments))
 
@@ -289,6 +296,8 @@ def _run(
             announce=None if runner else _call_for_runners,
             checkpoint=checkpoint,
         )
+    if result.checkpoint is not None:
+        _say(f"checkpoint: {result.checkpoint}; serve it: agl serve --checkpoint {result.checkpoint}")
     if as_json:
         typer.echo(json.dumps(_summary(result)))
 
@@ -334,8 +343,9 @@ def _call_for_runners(server: LocalServer) -> None:
 
 def _show_update(record: StepRecord) -> None:
     _say(
-        f"version {record.version}: learned from {record.episodes} live rollouts, "
-        f"mean reward {record.reward:.3f}"
+        f"version {record.version}: {'learned from' if record.mixed_groups else 'unchanged by'} "
+        f"{record.episodes} live rollouts, mean reward {record.reward:.3f}, return {record.mean_return:.3f}"
+        + ("" if record.mixed_groups else "; they all earned the same")
     )
 
 

@@ -52,6 +52,16 @@ class ProgressReporter:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
+    def resumed(self, done: int, steps: int) -> None:
+        rest = (
+            "going on from there"
+            if done < steps
+            else "nothing to do: raise the steps, or choose another folder"
+        )
+        self._console.print(
+            f"this run has done {done} of {steps} steps; {rest}", highlight=False, soft_wrap=True
+        )
+
     def phase(self, phase: Phase, step: int) -> None:
         if phase == "rollouts" and self._first_step is None:
             self._first_step = time.monotonic()
@@ -76,7 +86,8 @@ class ProgressReporter:
 
     def evaluated(self, record: EvalRecord) -> None:
         self._console.print(
-            f"held out after {record.step} updates: reward {record.reward:.3f} ± {1.96 * record.stderr:.3f}  "
+            f"held out, policy version {record.version}: "
+            f"reward {record.reward:.3f} ± {1.96 * record.stderr:.3f}  "
             f"return {record.mean_return:.3f} ± {1.96 * record.return_stderr:.3f}  "
             f"tool calls {record.tool_calls:.2f}  ({record.held_out} tasks, {record.seconds:.0f} s)",
             highlight=False,

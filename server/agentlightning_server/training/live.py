@@ -76,7 +76,7 @@ class LiveTrainer:
         """Learn until `stop`; an update that fails is logged and its rollouts are not tried again."""
         while not self._stop.wait(self._settings.poll_s):
             self._learn()
-        self._save()
+        self.save()
 
     def _learn(self) -> None:
         try:
@@ -148,13 +148,12 @@ class LiveTrainer:
 
     def _update(self, episodes: list[Episode]) -> StepRecord:
         self._used.update(episode.rollout_id for episode in episodes)
-        self._remember()
         group = [replace(episode, group_id=STATE) for episode in episodes]
         batch = make_batch(group, self._settings.learning)
         metrics: Mapping[str, float] = self._engine.update(batch) if batch.advantages.any() else {}
         self._updates += 1
         if self._updates % self._settings.checkpoint_every == 0:
-            self._save()
+            self.save()
         rewards = [episode.final_reward or 0.0 for episode in episodes]
         record = StepRecord(
             step=self._updates - 1,
@@ -177,12 +176,11 @@ class LiveTrainer:
     def _version(self) -> int:
         return self._engine.version(self._settings.learning.policy)
 
-    def _save(self) -> None:
-        if self._updates:
-            self._engine.save(self._checkpoint)
-        self._remember()
-
-    def _remember(self) -> None:
+    def save(self) -> None:
+        """Write the checkpoint and what it was learned from; a kill makes the rest be learned again."""
+        if not self._updates:
+            return
+        self._engine.save(self._checkpoint)
         self._store.set_run(
             STATE, {"used": sorted(self._used), "after": self._after, "updates": self._updates}
         )

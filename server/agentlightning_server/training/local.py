@@ -160,6 +160,12 @@ def load_engine(settings: EmbeddedSettings) -> Engine:
     return EmbeddedEngine(settings)
 
 
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint of a run's folder; a checkpoint's own folder is returned as it is."""
+    found = sorted((folder / "checkpoints").glob("step-*"))
+    return found[-1] if found else folder
+
+
 def train_locally(
     runner: RunnerSettings | None,
     training: TrainSettings,
@@ -183,7 +189,7 @@ def train_locally(
         if announce is not None:
             announce(running)
         if checkpoint is not None:
-            running.engine.load(checkpoint)
+            running.engine.load(newest_checkpoint(checkpoint))
         trainer = Trainer(running.engine, running.store, training, reporter)
         if runner is None:
             return trainer.run(train, held_out)

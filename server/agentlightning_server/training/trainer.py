@@ -113,6 +113,8 @@ class Trainer:
             raise InvalidInput("there are no training tasks")
         check_identity(settings.output / "run.json", self._identity(train, held_out))
         start, checkpoint = self._resume()
+        if start:
+            self._reporter.resumed(start, settings.steps)
         before = self._evaluated(held_out, 0) if start == 0 else self._metrics.evaluation(0)
         for step in range(start, settings.steps):
             self._step(train, step)
