@@ -72,8 +72,21 @@ def test_a_rollout_is_learned_from_once_also_after_a_restart(tmp_path: Path) -> 
     with Store(tmp_path / "store.db") as store:
         for number in range(3):
             rewarded(store, number)
-        assert LiveTrainer(engine, store, settings).step() is not None
+        trainer = LiveTrainer(engine, store, settings)
+        assert trainer.step() is not None
+        trainer.save()
         again = LiveTrainer(engine, store, settings)
         assert again.step() is None, "one is left, too few"
         rewarded(store, 3)
         assert again.step() is not None
+
+
+def test_what_came_after_the_last_checkpoint_is_learned_again_after_a_kill(tmp_path: Path) -> None:
+    engine: Any = FailsOnce()
+    engine.tried = 1
+    settings = LiveSettings(tmp_path, batch_size=2, checkpoint_every=5)
+    with Store(tmp_path / "store.db") as store:
+        for number in range(2):
+            rewarded(store, number)
+        assert LiveTrainer(engine, store, settings).step() is not None
+        assert LiveTrainer(engine, store, settings).step() is not None, "the update died with the process"

@@ -29,6 +29,7 @@ def main() -> None:
         place = f"{error.filename}: " if error.filename else ""
         sys.exit(f"agl: {place}{error.strerror or error}; name another folder, or see to its room and rights")
     except KeyboardInterrupt:
+        print("agl: stopped; the same command goes on where a run was", file=sys.stderr)
         sys.exit(130)
 
 
