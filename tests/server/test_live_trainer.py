@@ -31,6 +31,9 @@ class FailsOnce:
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
 
+    def load(self, directory: Path) -> None:
+        assert directory.is_dir()
+
 
 def rewarded(store: Store, number: int) -> None:
     trace_id = f"{number + 1:032x}"
