@@ -87,7 +87,10 @@ def _classify(error: Exception, busy_status: int) -> tuple[int, str, dict[str, s
 
 def _retry_after(error: Exception) -> dict[str, str]:
     if isinstance(error, errors.Unavailable):
-        return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+        return {
+            "Retry-After": str(max(1, math.ceil(error.retry_after_s))),
+            "Retry-After-Ms": str(math.ceil(1000 * error.retry_after_s)),  # the OpenAI SDK prefers it
+        }
     if isinstance(error, errors.StoreError):
         return {"Retry-After": str(math.ceil(STORE_RETRY_S))}
     return {}

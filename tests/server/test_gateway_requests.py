@@ -35,9 +35,13 @@ def tool(**fields: Any) -> dict[str, Any]:
         ({"tools": [tool(), tool(name=5)]}, r"tools\[1\] must be"),
         ({"tools": [tool(parameters=[1])]}, r"tools\[0\].function.parameters must be"),
         ({"tools": [tool(parameters={"properties": [1]})]}, "properties must be an object"),
-        ({"tools": [tool()], "tool_choice": "required"}, "'tool_choice'"),
-        ({"tools": [tool()], "tool_choice": tool()}, "'tool_choice'"),
+        ({"tool_choice": "required"}, "'tool_choice'"),
+        ({"tools": [tool()], "tool_choice": tool(name="g")}, "'tool_choice'"),
+        ({"tools": [tool()], "tool_choice": "f"}, "'tool_choice'"),
         ({"response_format": "json"}, "'response_format'"),
+        ({"response_format": {"type": "json_schema"}}, "'response_format'"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": True}}}, "'response_format'"),
+        ({"response_format": {"type": "grammar"}}, "'response_format'"),
     ],
 )
 def test_odd_shapes_are_refused_with_the_place_named(fields: dict[str, Any], sentence: str) -> None:

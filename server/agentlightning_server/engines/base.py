@@ -32,6 +32,9 @@ class Sampling:
     """Asked after every token with all tokens so far; True ends with finish "stop"."""
     top_logprobs: int = 0
     """Alternatives to return for each position."""
+    grammar: str | None = None
+    """What the text must be: a Lark grammar as llguidance (and vLLM through it) reads them. It limits what
+    is drawn, like top-p; logprobs stay those of the whole vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,8 @@ class Engine(Protocol):
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, policy: str) -> Completion:
         """Sample one completion. Cancelling the awaiting task ends the generation within a step or two.
 
-        Raises Unavailable when the queue is full or the engine is closed, PromptTooLong when no token fits.
+        Raises Unavailable when the queue is full or the engine is closed, PromptTooLong when no token fits,
+        InvalidInput for a grammar that cannot be read.
         """
         ...
 

@@ -46,6 +46,11 @@ class ChatRequest:
     top_logprobs: int = 0
     return_token_ids: bool = False
     """vLLM's extension: prompt_token_ids and token_ids in the response."""
+    schema: JsonObject | None = None
+    """JSON schema that the text of the answer must satisfy, from `response_format`."""
+    must_call: Sequence[str] = ()
+    """Names of the tools of which the answer must call one, from `tool_choice`."""
+    parallel_tool_calls: bool = True
 
 
 def parse_chat_request(body: object) -> ChatRequest:
@@ -56,12 +61,10 @@ def parse_chat_request(body: object) -> ChatRequest:
     for name, neutral in REFUSED.items():
         if fields.get(name) not in (None, neutral, {}, []):
             raise InvalidInput(f"'{name}' is not supported by this server; leave it out")
-    _check_format(fields.get("response_format"))
     options = fields.get("stream_options")
     temperature = _number(fields, "temperature", 1.0, low=0, high=2)
     limit = fields.get("max_completion_tokens")
     limit = fields.get("max_tokens") if limit is None else limit
-    _check_tool_choice(fields.get("tool_choice"))
     tools = [] if fields.get("tool_choice") == "none" else _tools(fields)
     return ChatRequest(
         model=_model(fields),
@@ -78,6 +81,9 @@ def parse_chat_request(body: object) -> ChatRequest:
         logprobs=fields.get("logprobs") is True,
         top_logprobs=0 if not fields.get("top_logprobs") else _whole(fields, "top_logprobs", low=0, high=20),
         return_token_ids=fields.get("return_token_ids") is True,
+        schema=_schema(fields.get("response_format")),
+        must_call=_must_call(fields.get("tool_choice"), tools),
+        parallel_tool_calls=fields.get("parallel_tool_calls") is not False,
     )
 
 
@@ -88,12 +94,21 @@ def _model(fields: Mapping[str, Any]) -> str:
     return model
 
 
-def _check_format(value: Any) -> None:
-    kind = cast("Any", value).get("type", "text") if isinstance(value, Mapping) else value or "text"
-    if kind != "text":
+def _schema(value: Any) -> JsonObject | None:
+    """The schema that `response_format` asks for; None for free text."""
+    form = cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {"type": value or "text"}
+    if form.get("type", "text") == "text":
+        return None
+    if form["type"] == "json_object":
+        return {"type": "object"}
+    schema = (
+        cast("Any", form.get("json_schema") or {}).get("schema") if form["type"] == "json_schema" else None
+    )
+    if not isinstance(schema, Mapping):
         raise InvalidInput(
-            "'response_format' other than text is not supported here: ask for the format in the prompt"
+            "'response_format' must have the type text, json_object, or json_schema with json_schema.schema"
         )
+    return cast("JsonObject", schema)
 
 
 def _messages(value: Any) -> list[Message]:
@@ -134,12 +149,20 @@ def _check_tool_calls(calls: Any, position: int) -> None:
             raise InvalidInput(f"messages[{position}].tool_calls: each needs function.name and .arguments")
 
 
-def _check_tool_choice(value: Any) -> None:
-    if value not in (None, "auto", "none"):
+def _must_call(value: Any, tools: Sequence[JsonObject]) -> tuple[str, ...]:
+    """The tools of which `tool_choice` demands a call; none where the model may choose."""
+    if value in (None, "auto", "none"):
+        return ()
+    names = tuple(str(cast("Any", tool["function"])["name"]) for tool in tools)
+    if value != "required":
+        function = cast("Any", value).get("function") if isinstance(value, Mapping) else None
+        name = cast("Any", function).get("name") if isinstance(function, Mapping) else None
+        names = tuple(known for known in names if known == name)
+    if not names:
         raise InvalidInput(
-            "'tool_choice' other than auto and none is not supported: the model cannot be forced to call, "
-            "ask for it in the prompt"
+            "'tool_choice' must be auto, none, required, or name a function that is among 'tools'"
         )
+    return names
 
 
 def _tools(fields: Mapping[str, Any]) -> list[JsonObject]:

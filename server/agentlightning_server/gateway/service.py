@@ -15,6 +15,7 @@ from uuid import uuid4
 from agentlightning.errors import ModelNotFound, PromptTooLong
 from agentlightning.types import Span
 from agentlightning_server.engines.base import Completion, Engine, Sampling
+from agentlightning_server.gateway.grammars import grammar_of
 from agentlightning_server.gateway.prompts import Prompt, PromptBuilder
 from agentlightning_server.gateway.recording import Caller, Served, answer_span, failure_span
 from agentlightning_server.gateway.requests import ChatRequest
@@ -121,6 +122,7 @@ class Gateway:
             top_p=request.top_p,
             should_stop=self._stopper(request.stop),
             top_logprobs=request.top_logprobs if request.logprobs else 0,
+            grammar=grammar_of(request, self.prompts.tool_format),
         )
         seeds = [None if request.seed is None else request.seed + i for i in range(request.n)]
         return await asyncio.gather(

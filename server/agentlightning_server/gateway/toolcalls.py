@@ -26,6 +26,17 @@ class Parsed:
 
 
 @dataclass(frozen=True, slots=True)
+class CallGrammar:
+    """What stands around the name and the arguments of a call, as Lark terminals."""
+
+    before: str
+    middle: str
+    after: str
+    between: str
+    """What stands between two calls."""
+
+
+@dataclass(frozen=True, slots=True)
 class ToolFormat:
     """How one family of models writes tool calls."""
 
@@ -33,6 +44,8 @@ class ToolFormat:
     parse: Callable[[str], Parsed]
     render: Callable[[str, Mapping[str, Any]], str]
     """(function name, arguments) -> text, for templates that know no tools."""
+    grammar: CallGrammar
+    """How a call may be written, for answers that must hold one."""
 
 
 def detect_format(chat_template: str | None) -> ToolFormat:
@@ -141,9 +154,24 @@ def _render_llama3(name: str, arguments: Mapping[str, Any]) -> str:
     return json.dumps({"name": name, "parameters": arguments}, ensure_ascii=False)
 
 
-HERMES = ToolFormat("hermes", _parse_hermes, _render_hermes)
+HERMES = ToolFormat(
+    "hermes",
+    _parse_hermes,
+    _render_hermes,
+    CallGrammar(
+        before=r'/<tool_call>\n?/ "{\"name\": "',
+        middle=r'", \"arguments\": "',
+        after=r'"}" /\n?<\/tool_call>/',
+        between=r"/\n?/",
+    ),
+)
 """<tool_call>{"name": ..., "arguments": {...}}</tool_call> (Hermes, Qwen, and models trained here)."""
-LLAMA3_JSON = ToolFormat("llama3_json", _parse_llama3, _render_llama3)
+LLAMA3_JSON = ToolFormat(
+    "llama3_json",
+    _parse_llama3,
+    _render_llama3,
+    CallGrammar(before=r'"{\"name\": "', middle=r'", \"parameters\": "', after='"}"', between='"; "'),
+)
 """{"name": ..., "parameters": {...}}, several separated by semicolons (Llama 3.1 and later)."""
 
 

@@ -23,7 +23,7 @@ from .cache import KeyValueStore, Row, RowsView, Trunk
 from .lanes import DecodeStats, Lane, Request, alike, settle
 from .memory import DrawMemory
 from .placement import MIN_TRUNK, Sequenced, common_prefix, worthwhile_prefix
-from .sampling import Ask, Draw, draw
+from .sampling import Draw, draw
 
 Forward = Callable[[Tensor, RowsView, bool], Tensor]
 """(ids [B, T], view, whether logits are wanted) -> logits of the last position [B, V], or anything."""
@@ -122,9 +122,9 @@ class Decoder:
 
     def _catch_up(self, request: Request) -> bool:
         """Give a request the tokens that earlier ones show it would draw; False when that finishes it."""
-        temperature, top_p = request.sampling.temperature, request.sampling.top_p
-        if request.sampling.top_logprobs or (temperature and top_p < 1):
+        if not request.follows_others:
             return True
+        temperature = request.sampling.temperature
         while drawn := self._memory.recall(request.history(), temperature, request.uniform):
             self.stats.recalled += 1
             if not self._give(request, drawn):
@@ -335,7 +335,7 @@ class Decoder:
         view = RowsView(self._store, [lane.row for lane in lanes], [1] * len(lanes), self._device)
         ids = torch.tensor([[lane.reads] for lane in lanes], device=self._device)
         logits = self._forward(ids, view, True)
-        asks = [Ask(i, r.sampling, r.uniform) for i, lane in enumerate(lanes) for r in lane.requests]
+        asks = [r.ask(i) for i, lane in enumerate(lanes) for r in lane.requests]
         draws = iter(draw(logits, asks))
         for lane in lanes:
             lane.row.tokens.append(lane.reads)

@@ -22,6 +22,7 @@ from agentlightning_server.engines.base import ChatTokenizer, Completion, Sampli
 
 from . import checkpoint, loading
 from .decoding import Decoder
+from .grammar import Grammars
 from .lanes import DecodeStats, Request
 from .policy import PolicyWeights
 from .settings import EmbeddedSettings
@@ -55,6 +56,7 @@ class EmbeddedEngine:
             device=self._weights.device,
         )
         self._decoder = decoder
+        self._grammars = Grammars(loaded.tokenizer, loaded.model.config.vocab_size, self._eos)
         self._requests = 0
         self._worker = Worker(decoder, queue_size=self.settings.queue_size, gather_s=self.settings.gather_s)
 
@@ -107,7 +109,8 @@ class EmbeddedEngine:
         if sampling.max_tokens < 1:
             raise InvalidInput(f"max_tokens must be at least 1, got {sampling.max_tokens}")
         limit = min(sampling.max_tokens, room)
-        return Request(prompt, sampling, limit, self._random(sampling.seed), Future())
+        matcher = None if sampling.grammar is None else self._grammars.matcher(sampling.grammar)
+        return Request(prompt, sampling, limit, self._random(sampling.seed), Future(), matcher)
 
     def _random(self, seed: int | None) -> np.random.Generator:
         """The request's own stream; without a seed, the next one of the engine's."""

@@ -11,7 +11,8 @@ import numpy as np
 from agentlightning_server.engines.base import Completion, FinishReason, Sampling
 
 from .cache import Row
-from .sampling import Draw
+from .grammar import Matcher
+from .sampling import Ask, Draw
 
 
 @dataclass(slots=True, eq=False)
@@ -23,6 +24,8 @@ class Request:
     limit: int
     random: np.random.Generator
     future: Future[Completion]
+    matcher: Matcher | None = None
+    """Follows the grammar of `sampling`, where it has one."""
     drawn: list[Draw] = field(default_factory=list[Draw])
     _uniform: float | None = None
 
@@ -37,6 +40,19 @@ class Request:
         """Append the next token."""
         self.drawn.append(drawn)
         self._uniform = None
+        if self.matcher is not None:
+            self.matcher.accept(drawn.token)
+
+    def ask(self, row: int) -> Ask:
+        """What it wants drawn from a row of the logits."""
+        allowed = None if self.matcher is None else self.matcher.allowed()
+        return Ask(row, self.sampling, self.uniform, allowed)
+
+    @property
+    def follows_others(self) -> bool:
+        """Whether it would draw what an equal request drew with the same uniform number."""
+        whole = self.sampling.temperature == 0 or self.sampling.top_p >= 1
+        return whole and self.matcher is None and not self.sampling.top_logprobs
 
     def history(self) -> list[int]:
         return self.prompt + [d.token for d in self.drawn] if self.drawn else self.prompt

@@ -2,8 +2,8 @@
 
 A token is found by inverting the cumulative distribution at a uniform number of the request's own generator,
 so who else is in the batch does not change the draw. Log-probabilities are those of
-softmax(logits / temperature) over the whole vocabulary, before top-p; temperature 0 takes the most likely
-token and reports the log-probability at temperature 1.
+softmax(logits / temperature) over the whole vocabulary, before top-p and any grammar; temperature 0 takes the
+most likely token and reports the log-probability at temperature 1.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -39,6 +39,8 @@ class Ask:
     row: int
     sampling: Sampling
     uniform: float
+    allowed: Tensor | None = None
+    """Tokens that a grammar allows, [V]; None for all."""
 
 
 def draw(logits: Tensor, asks: Sequence[Ask]) -> list[Draw]:
@@ -64,9 +66,10 @@ def _tokens(logprobs: Tensor, asks: Sequence[Ask]) -> tuple[Tensor, Tensor, Tens
     device = logprobs.device
     tokens = torch.zeros(len(asks), dtype=torch.long, device=device)
     low, high = (torch.zeros(len(asks), dtype=torch.float64, device=device) for _ in range(2))
-    greedy = [i for i, ask in enumerate(asks) if ask.sampling.temperature == 0]
-    nucleus = [i for i, ask in enumerate(asks) if ask.sampling.temperature and ask.sampling.top_p < 1]
-    plain = [i for i, ask in enumerate(asks) if ask.sampling.temperature and ask.sampling.top_p >= 1]
+    limited = [i for i, ask in enumerate(asks) if _is_limited(ask)]
+    free = [i for i, ask in enumerate(asks) if not _is_limited(ask)]
+    greedy = [i for i in free if asks[i].sampling.temperature == 0]
+    plain = [i for i in free if asks[i].sampling.temperature]
     rows = torch.tensor([ask.row for ask in asks], device=device)
     if greedy:
         tokens[greedy] = logprobs[rows[greedy]].argmax(-1)
@@ -74,9 +77,23 @@ def _tokens(logprobs: Tensor, asks: Sequence[Ask]) -> tuple[Tensor, Tensor, Tens
     if plain:
         uniforms = torch.tensor([asks[i].uniform for i in plain], dtype=torch.float64, device=device)
         tokens[plain], low[plain], high[plain] = _invert(logprobs.exp(), rows[plain], uniforms)
-    for i in nucleus:
-        tokens[i] = _nucleus(logprobs[rows[i]].exp(), asks[i])
+    for i in limited:
+        tokens[i] = _limited(logprobs[rows[i]].double(), asks[i])
     return tokens, low, high
+
+
+def _is_limited(ask: Ask) -> bool:
+    """Whether it draws from fewer tokens than there are, so that what others drew tells nothing of it."""
+    return ask.allowed is not None or (ask.sampling.temperature != 0 and ask.sampling.top_p < 1)
+
+
+def _limited(logprobs: Tensor, ask: Ask) -> Tensor:
+    """Draw from what the grammar allows and, of that, the smallest set whose probability reaches top_p."""
+    if ask.allowed is not None:
+        logprobs = logprobs.masked_fill(~ask.allowed.to(logprobs.device), float("-inf"))
+    if ask.sampling.temperature == 0:
+        return logprobs.argmax(-1)
+    return _nucleus(torch.softmax(logprobs, -1), ask)
 
 
 def _invert(probs: Tensor, rows: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +115,7 @@ def _invert(probs: Tensor, rows: Tensor, uniforms: Tensor) -> tuple[Tensor, Tens
 
 def _nucleus(probs: Tensor, ask: Ask) -> Tensor:
     """Draw from the smallest set of most likely tokens whose probability reaches top_p."""
-    ordered, tokens = probs.double().sort(descending=True)
+    ordered, tokens = probs.sort(descending=True)
     upto = ordered.cumsum(0)
     kept = int((upto - ordered < ask.sampling.top_p * upto[-1]).sum())
     target = ask.uniform * upto[kept - 1]
