@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from autogen_core.models import ModelInfo
 from autogen_ext.models.openai import OpenAIChatCompletionClient
 from langchain.agents import create_agent
 from langchain_openai import ChatOpenAI
+from tests.support.scripted_engine import ScriptedEngine, tool_call
 from tests.support.serving import serving, tiny_engine
 
 import agentlightning_autogen
@@ -25,33 +25,13 @@ from agentlightning.reading.episodes import read_episode
 from agentlightning.tracing import configure, get_tracer, trace
 from agentlightning.types import Episode, ToolStatus
 from agentlightning_langchain import LightningCallbackHandler
-from agentlightning_server.engines.base import Completion, Engine, Sampling
 
-CALL = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
-UNKNOWN = '<tool_call>{"name": "nope", "arguments": {}}</tool_call>'
-BROKEN = '<tool_call>{"name": "add", "arguments": {"a": "z"}}</tool_call>'
+CALL = tool_call("add", a=1, b=2)
+UNKNOWN = tool_call("nope")
+BROKEN = tool_call("add", a="z")
 INFO = ModelInfo(
     vision=False, function_calling=True, json_output=True, family="unknown", structured_output=False
 )
-
-
-class ScriptedEngine:
-    """An engine that says what it is told to, token by token, and notes what it was asked and said."""
-
-    def __init__(self, inner: Engine) -> None:
-        self._inner = inner
-        self.script: deque[str] = deque()
-        self.sampled: list[tuple[list[int], list[int], list[float]]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, policy: str) -> Completion:
-        text = self.script.popleft()
-        tokens = [*self._inner.tokenizer.encode(text, add_special_tokens=False), min(self._inner.eos_ids)]
-        logprobs = [-0.5 - i / 8 for i in range(len(tokens))]
-        self.sampled.append((list(prompt_ids), tokens, logprobs))
-        return Completion(tokens, logprobs, "stop", self._inner.version(policy))
 
 
 class Stage:
@@ -74,7 +54,7 @@ class Stage:
         assert [
             (t.prompt_ids.tolist(), t.response_ids.tolist(), [round(float(p), 4) for p in t.logprobs])
             for t in episode.transitions
-        ] == self.engine.sampled
+        ] == [(p, r, [round(lp, 4) for lp in lps]) for p, r, lps in self.engine.sampled["policy"]]
 
 
 @contextmanager
@@ -114,7 +94,7 @@ GO: Any = {"messages": [("user", "1+2?")]}
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
 def test_a_langchain_agent_that_runs_by_itself_can_be_learned_from(stage: Stage, stream: bool) -> None:
-    stage.engine.script.extend([CALL, UNKNOWN, BROKEN, "3"])
+    stage.engine.script["policy"].extend([CALL, UNKNOWN, BROKEN, "3"])
     handler = LightningCallbackHandler()
     agent = langchain_agent(stage)
     if stream:
@@ -139,7 +119,7 @@ def test_a_langchain_agent_that_runs_by_itself_can_be_learned_from(stage: Stage,
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
 def test_an_autogen_agent_that_runs_by_itself_can_be_learned_from(stage: Stage, stream: bool) -> None:
-    stage.engine.script.extend([CALL, UNKNOWN, BROKEN, "3"])
+    stage.engine.script["policy"].extend([CALL, UNKNOWN, BROKEN, "3"])
 
     async def main() -> str:
         client = OpenAIChatCompletionClient(model="policy", model_info=INFO, **stage.openai)
@@ -164,7 +144,7 @@ def test_an_autogen_agent_that_runs_by_itself_can_be_learned_from(stage: Stage, 
 
 
 def test_two_agents_at_once_are_two_rollouts(stage: Stage) -> None:
-    stage.engine.script.extend(["one", "two"])
+    stage.engine.script["policy"].extend(["one", "two"])
 
     async def main() -> list[str | None]:
         handlers = [LightningCallbackHandler() for _ in range(2)]
@@ -175,5 +155,5 @@ def test_two_agents_at_once_are_two_rollouts(stage: Stage) -> None:
     first, second = (stage.episode(str(rollout_id)) for rollout_id in asyncio.run(main()))
     assert first.rollout_id != second.rollout_id
     said = sorted(tuple(t.response_ids.tolist()) for e in (first, second) for t in e.transitions)
-    assert said == sorted(tuple(tokens) for _, tokens, _ in stage.engine.sampled)
+    assert said == sorted(tuple(tokens) for _, tokens, _ in stage.engine.sampled["policy"])
     assert [len(first.transitions), len(second.transitions)] == [1, 1]

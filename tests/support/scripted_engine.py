@@ -1,0 +1,66 @@
+"""An engine that says what it is told to, token by token, and notes what it was asked and what it said.
+
+Scripts are queues by policy name, so that concurrent agents cannot take each other's lines: a test gives each
+agent a model name of its own. A line is a text, an exception to raise, or `STALL`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import Any, Final
+
+from agentlightning_server.engines.base import Completion, Engine, Sampling
+
+STALL: Final = object()
+"""No answer ever comes; `ScriptedEngine.stalled` is set once the request is there."""
+
+Sampled = tuple[list[int], list[int], list[float]]
+"""Prompt ids, response ids and logprobs."""
+
+
+def tool_call(name: str, **arguments: Any) -> str:
+    """A tool call as the model writes it."""
+    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+
+class ScriptedEngine:
+    """`engine.script["m"] += ["hi", RuntimeError("broke"), STALL]`; the tokenizer is that of `inner`."""
+
+    def __init__(self, inner: Engine) -> None:
+        self._inner = inner
+        self.script: defaultdict[str, deque[Any]] = defaultdict(deque)
+        self.sampled: defaultdict[str, list[Sampled]] = defaultdict(list)
+        self.stalled = threading.Event()
+        self.cancelled = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    @property
+    def policies(self) -> Sequence[str]:
+        return [*self._inner.policies, *self.script]
+
+    def version(self, policy: str) -> int:
+        return 0
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, policy: str) -> Completion:
+        said = self.script[policy].popleft()
+        if isinstance(said, Exception):
+            raise said
+        if said is STALL:
+            await self._stall()
+        tokens = [*self._inner.tokenizer.encode(said, add_special_tokens=False), min(self._inner.eos_ids)]
+        logprobs = [-0.5 - i / 8 for i in range(len(tokens))]
+        self.sampled[policy].append((list(prompt_ids), tokens, logprobs))
+        return Completion(tokens, logprobs, "stop", 0)
+
+    async def _stall(self) -> None:
+        self.stalled.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.cancelled.set()
