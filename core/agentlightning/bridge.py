@@ -12,10 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from agentlightning.errors import InvalidInput, NothingToLearn
-from agentlightning.learning.advantages import FLAT, Estimator, group_advantages
+from agentlightning.learning.advantages import Estimator, StepGroups, advantages_of
 from agentlightning.learning.air import AIR, apply_air
 from agentlightning.learning.batching import Normalise, build_batch
 from agentlightning.learning.credit import Credit, identical
@@ -33,6 +33,9 @@ from agentlightning.types import (
     Span,
     Task,
 )
+
+if TYPE_CHECKING:
+    from agentlightning.types import Floats
 
 WAIT_S = 10.0  # one long poll; progress is reported at least this often
 
@@ -61,6 +64,10 @@ class LearningSettings:
     """Which transitions train; None trains all calls of the policy."""
     credit: Credit = identical
     estimator: Estimator = Estimator.GRPO
+    by_agent: bool = False
+    """Compare each agent's calls with that agent's calls only."""
+    steps: StepGroups | None = None
+    """Compare calls made in the same state with each other as well (GiGPO); None for whole episodes only."""
     normalise: Normalise | None = None
     """None: per episode, or constant for Dr. GRPO."""
     reward_weights: Mapping[str, float] | None = None
@@ -230,11 +237,19 @@ def make_batch(episodes: Sequence[Episode], learning: LearningSettings) -> Batch
             "no episode that called the policy has a final reward: return a number from the agent function, "
             "or call emit_reward(value)"
         )
-    advantages = group_advantages(
-        [learning.credit(e) for e in usable], [e.group_id for e in usable], learning.estimator
-    )
     return build_batch(
-        usable, advantages, policy=learning.policy, normalise=learning.normalisation, merge=learning.merge
+        usable,
+        advantages(usable, learning),
+        policy=learning.policy,
+        normalise=learning.normalisation,
+        merge=learning.merge,
+    )
+
+
+def advantages(episodes: Sequence[Episode], learning: LearningSettings) -> list[Floats]:
+    """One array per episode, shaped like its transitions."""
+    return advantages_of(
+        episodes, learning.credit, learning.estimator, by_agent=learning.by_agent, steps=learning.steps
     )
 
 
@@ -244,14 +259,15 @@ def deciding_attempt(attempts: Sequence[Attempt]) -> Attempt | None:
     return max(good or attempts, key=lambda a: a.number, default=None)
 
 
-def learnable_groups(episodes: Sequence[Episode], credit: Credit = identical) -> tuple[int, int]:
-    """(groups whose returns differ, groups): without a difference GRPO has no gradient."""
-    groups: dict[str, list[float]] = {}
-    for episode in episodes:
-        if episode.final_reward is not None and episode.transitions:
-            groups.setdefault(episode.group_id, []).append(float(credit(episode).mean()))
-    mixed = sum(1 for returns in groups.values() if max(returns) - min(returns) > FLAT)
-    return mixed, len(groups)
+def learnable_groups(episodes: Sequence[Episode], learning: LearningSettings) -> tuple[int, int]:
+    """(groups with a difference to learn from, groups): the others have no gradient."""
+    rewarded = [e for e in episodes if e.final_reward is not None and e.transitions]
+    mixed = {
+        episode.group_id
+        for episode, own in zip(rewarded, advantages(rewarded, learning), strict=True)
+        if own.any()
+    }
+    return len(mixed), len({episode.group_id for episode in rewarded})
 
 
 def _last_line(error: str | None) -> str | None:

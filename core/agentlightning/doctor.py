@@ -213,7 +213,7 @@ def _batch(episodes: Sequence[Episode], learning: LearningSettings) -> list[Find
 
 def _variance(episodes: Sequence[Episode], learning: LearningSettings) -> list[Finding]:
     mean = sum(e.final_reward or 0.0 for e in episodes) / len(episodes)
-    mixed, groups = learnable_groups(episodes, learning.credit)
+    mixed, groups = learnable_groups(episodes, learning)
     remedy = (
         "put a worked example into the prompt, warm-start with a little supervised fine-tuning, choose "
         "tasks of middling difficulty, or enlarge the group"

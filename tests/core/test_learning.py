@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.episodes import episode, transition
 from tests.support.spans import attempt, gateway_call, reward, rollout, tool
 
 from agentlightning.bridge import LearningSettings, make_batch
@@ -32,26 +33,6 @@ from agentlightning.learning.air import (
 )
 from agentlightning.reading import read_episode
 from agentlightning.types import Episode, Message, Span, ToolStatus, Transition
-
-
-def transition(prompt: list[int], response: list[int], **changes: object) -> Transition:
-    made = Transition(
-        span_id="s",
-        prompt_ids=np.array(prompt, dtype=np.int32),
-        response_ids=np.array(response, dtype=np.int32),
-        logprobs=np.full(len(response), -0.5, dtype=np.float32),
-        messages=(),
-        output=None,
-        agent_name="agent",
-        policy="policy",
-        policy_version=0,
-    )
-    return replace(made, **changes)  # type: ignore[arg-type]
-
-
-def episode(*transitions: Transition, final: float | None = 1.0, group: str = "g") -> Episode:
-    return Episode("r", "a", group, "t", list(transitions), final)
-
 
 TWO_CALLS = (transition([1, 2], [3]), transition([1, 2, 3, 4], [5, 6]))
 

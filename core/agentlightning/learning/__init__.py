@@ -4,10 +4,24 @@ Pure functions over episodes; no torch, no server. In order:
 `air` -> `selection` -> `credit` -> `advantages` -> `batching`.
 """
 
-from agentlightning.learning.advantages import Estimator, group_advantages
+from agentlightning.learning.advantages import (
+    Estimator,
+    StepGroups,
+    advantages_of,
+    group_advantages,
+    step_advantages,
+)
 from agentlightning.learning.air import AIR, Rule, apply_air, default_rules
 from agentlightning.learning.batching import Normalise, build_batch, merge_transitions
-from agentlightning.learning.credit import CREDIT, Credit, discounted, identical
+from agentlightning.learning.credit import (
+    CREDIT,
+    Credit,
+    air_weighted,
+    credit_named,
+    discounted,
+    identical,
+    per_agent,
+)
 from agentlightning.learning.selection import Selector, select, select_agents
 
 __all__ = [
@@ -18,13 +32,19 @@ __all__ = [
     "Normalise",
     "Rule",
     "Selector",
+    "StepGroups",
+    "advantages_of",
+    "air_weighted",
     "apply_air",
     "build_batch",
+    "credit_named",
     "default_rules",
     "discounted",
     "group_advantages",
     "identical",
     "merge_transitions",
+    "per_agent",
     "select",
     "select_agents",
+    "step_advantages",
 ]

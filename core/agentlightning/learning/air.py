@@ -100,8 +100,9 @@ class AIR:
 
     rules: Sequence[Rule] = field(default_factory=default_rules)
     bound: float = 0.3
-    """Upper limit of |sum of signals| per episode, in units of the final reward. Signals are scaled down
-    together where they exceed it."""
+    """The most that an episode's good signals may add up to, and its bad ones too, in units of the final
+    reward. Where they exceed it they are scaled down together, each side by itself: good signals cannot pay
+    for bad ones."""
 
     def __post_init__(self) -> None:
         if not self.bound >= 0:
@@ -116,11 +117,17 @@ def apply_air(episode: Episode, air: AIR) -> Episode:
     """
     trainable = {transition.span_id for transition in episode.transitions}
     signals = [signal for rule in air.rules for signal in rule(episode) if signal.call_span_id in trainable]
-    total = abs(sum(signal.value for signal in signals))
-    scale = air.bound / total if total > air.bound else 1.0
-    signals = [replace(signal, value=signal.value * scale) for signal in signals]
+    good = _scale(air.bound, sum(signal.value for signal in signals if signal.value > 0))
+    bad = _scale(air.bound, -sum(signal.value for signal in signals if signal.value < 0))
+    signals = [
+        replace(signal, value=signal.value * (good if signal.value > 0 else bad)) for signal in signals
+    ]
     shaped = [_shaped(transition, signals) for transition in episode.transitions]
     return replace(episode, transitions=shaped, signals=[*episode.signals, *signals])
+
+
+def _scale(bound: float, total: float) -> float:
+    return bound / total if total > bound else 1.0
 
 
 def _shaped(transition: Transition, signals: Sequence[Signal]) -> Transition:

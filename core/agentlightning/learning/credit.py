@@ -1,16 +1,23 @@
 """Credit assignment: from an episode's final and intermediate rewards to one return per transition.
 
-One signature, `(episode) -> returns [T]`. Baselines and groups come later, in `advantages`.
+One signature, `(episode) -> returns [T]`; any function of it will do. Baselines and groups come later, in
+`advantages`. Notation: R is the final reward, r_t the intermediate reward of call t (AIR and targeted
+rewards), T the number of transitions.
+
+Invariant: `identical` and `air_weighted` keep the mean over the calls at R + sum r, the episode's return, so
+that choosing between them moves credit within an episode and never between episodes.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from agentlightning.errors import InvalidInput, NothingToLearn
+from agentlightning.references import load_function
 from agentlightning.types import Episode
 
 if TYPE_CHECKING:
@@ -20,7 +27,7 @@ Credit: TypeAlias = "Callable[[Episode], Floats]"
 
 
 def identical(episode: Episode) -> Floats:
-    """Every call gets the episode's whole return: final reward plus all intermediate rewards.
+    """Every call gets the episode's whole return: G_t = R + sum of all r.
 
     Source: LightningRL's first credit assignment (arXiv:2508.03680, section 3.3), which has no intermediate
     rewards; adding their sum keeps them in the gradient. Returns [T], all equal.
@@ -49,7 +56,60 @@ def discounted(gamma: float = 1.0) -> Credit:
     return credit
 
 
-CREDIT: Mapping[str, Credit] = {"identical": identical, "reward_to_go": discounted(1.0)}
+def air_weighted(strength: float = 1.0) -> Credit:
+    """Each call answers for its own signals: G_t = R + sum r + strength * T * (r_t - mean r).
+
+    At strength 0 this is `identical`; at 1, G_t = R + T r_t, so no call is paid for another's signals. The
+    mean over the calls is the episode's return at any strength. Source: ours; the paper's AIR section
+    (arXiv:2508.03680, section 3.3) leaves open how intermediate rewards are spread. Returns [T].
+    """
+    if not strength >= 0:
+        raise InvalidInput(f"the strength of AIR-weighted credit must be zero or more, got {strength}")
+
+    def credit(episode: Episode) -> Floats:
+        rewards = np.array([t.reward for t in episode.transitions], dtype=np.float64)
+        if not len(rewards):
+            return np.zeros(0, dtype=np.float32)
+        own = strength * len(rewards) * (rewards - rewards.mean())
+        return (_final(episode) + rewards.sum() + own).astype(np.float32)
+
+    return credit
+
+
+def per_agent(episode: Episode) -> Floats:
+    """Agents share the final reward and answer for their own signals only.
+
+    G_t = R + sum of r_k over the calls k of t's agent. Source: ours, the team reward of cooperative games
+    with rewards of the agent's own added. Returns [T], equal for the calls of one agent.
+    """
+    own: defaultdict[str | None, float] = defaultdict(float)
+    for transition in episode.transitions:
+        own[transition.agent_name] += transition.reward
+    final = _final(episode)
+    return np.array([final + own[t.agent_name] for t in episode.transitions], dtype=np.float32)
+
+
+CREDIT: Mapping[str, Credit] = {
+    "identical": identical,
+    "reward_to_go": discounted(1.0),
+    "air_weighted": air_weighted(),
+    "per_agent": per_agent,
+}
+
+
+def credit_named(name: str) -> Credit:
+    """A credit assigner by its name in `CREDIT`, or a function of yours as MODULE:FUNCTION.
+
+    Raises InvalidInput when there is none.
+    """
+    if name in CREDIT:
+        return CREDIT[name]
+    if ":" in name:
+        return load_function(name, "credit assignment")
+    raise InvalidInput(
+        f"unknown credit assignment '{name}'; choose from {', '.join(CREDIT)}, or name a "
+        "function of yours as MODULE:FUNCTION"
+    )
 
 
 def _final(episode: Episode) -> float:

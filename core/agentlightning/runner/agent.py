@@ -8,17 +8,15 @@ Not here: where the function runs (`child`, `inline`).
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeAlias, cast
 
 from agentlightning.errors import InvalidInput, InvalidReward
+from agentlightning.references import load_function
 from agentlightning.rewards import checked_reward
 from agentlightning.types import Attempt, AttemptStatus, Claim, Reward, Rollout
 from agentlightning.wire import Reader, reward_from_json, reward_to_json
@@ -153,39 +151,6 @@ def _main_reference() -> str:
 
 def load(reference: str) -> Agent:
     """The function that a reference names. Raises InvalidInput; errors of the module itself pass through."""
-    place, colon, name = reference.rpartition(":")
-    if not colon or not name or not place:
-        raise InvalidInput(f"{reference!r} names no agent: write MODULE:FUNCTION or FILE.py:FUNCTION")
-    found: Any = _import_file(Path(place)) if place.endswith(".py") else _import(place)
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise InvalidInput(f"{place} has no {name!r}: check the name of the agent function")
-        found = getattr(found, part)
-    if not callable(found):
-        raise InvalidInput(f"{reference} is a {type(found).__name__}, not a function")
-    takes_context(found)
-    return found
-
-
-def _import(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
-            raise
-        raise InvalidInput(
-            f"there is no module {error.name!r}: run in the folder that holds it, or install it"
-        ) from error
-
-
-def _import_file(path: Path) -> ModuleType:
-    name = path.stem
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise InvalidInput(f"there is no file {path}")
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))  # as python FILE.py does, for the modules beside it
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    agent = load_function(reference, "agent")
+    takes_context(agent)
+    return agent

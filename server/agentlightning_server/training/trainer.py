@@ -207,7 +207,7 @@ class Trainer:
         rolled_out = time.monotonic()
         self._reporter.phase("update", step)
         batch = self._bridge.batch(collected.episodes)
-        mixed, groups = learnable_groups(collected.episodes, settings.learning.credit)
+        mixed, groups = learnable_groups(collected.episodes, settings.learning)
         update = self._update(batch)
         return StepRecord(
             step=step,
