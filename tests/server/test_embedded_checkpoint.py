@@ -31,7 +31,9 @@ def learn(engine: EmbeddedEngine) -> None:
 
 
 def trained(engine: EmbeddedEngine) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in engine._weights.trainable_state().items()}
+    return {
+        name: value.clone() for name, value in engine._policies["policy"].weights.trainable_state().items()
+    }
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
@@ -75,7 +77,7 @@ def test_a_checkpoint_replaces_the_one_before(tmp_path: Path) -> None:
     for _ in range(2):
         learn(engine)
         engine.save(tmp_path / "checkpoint")
-    assert checkpoint.load(tmp_path / "checkpoint")[0].version == 2
+    assert checkpoint.load(tmp_path / "checkpoint", "policy")[0].version == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "model"]
     engine.close()
 
@@ -115,11 +117,12 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["cut", "missing"])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, how: str) -> None:
     state = checkpoint.EngineState(1, 1, 1, "model", 0, 0)
-    checkpoint.save(tmp_path / "c", state, {"w": torch.zeros(8)}, {"step": torch.ones(1)})
-    file = tmp_path / "c" / name
+    (tmp_path / "c").mkdir()
+    checkpoint.write(tmp_path / "c" / "policy", state, {"w": torch.zeros(8)}, {"step": torch.ones(1)})
+    file = tmp_path / "c" / "policy" / name
     file.unlink() if how == "missing" else file.write_bytes(file.read_bytes()[:20])
     with pytest.raises((InvalidInput, NotFound), match=r"the checkpoint in .*/c is damaged|no checkpoint in"):
-        checkpoint.load(tmp_path / "c")
+        checkpoint.load(tmp_path / "c", "policy")
 
 
 def test_full_weights_are_exported_as_an_ordinary_model_folder(tmp_path: Path) -> None:

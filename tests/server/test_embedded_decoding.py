@@ -323,7 +323,7 @@ def test_an_error_while_computing_fails_who_was_under_way_and_nobody_later(
         raise RuntimeError("not enough memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._decoder, "_forward", out_of_memory)
+        patch.setattr(engine._policies["policy"].decoder, "_forward", out_of_memory)
         with pytest.raises(RuntimeError, match="not enough memory"):
             sampled(engine, mixed_prompts())
     assert len(sampled(engine, mixed_prompts())) == len(mixed_prompts())

@@ -28,7 +28,7 @@ from agentlightning_server.engines.embedded import EmbeddedSettings
 from agentlightning_server.engines.embedded.loading import load_model
 from agentlightning_server.engines.embedded.losses import Clip, kl_penalty, policy_loss
 from agentlightning_server.engines.embedded.packing import packed_tokens, plan
-from agentlightning_server.engines.embedded.policy import PolicyWeights
+from agentlightning_server.engines.embedded.policy import load_policies
 from agentlightning_server.engines.embedded.tiny import make_tiny_model
 from agentlightning_server.engines.embedded.updates import TrainingDiverged, Updater
 
@@ -77,7 +77,7 @@ def unmerged(rows: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
 def packed_gradient(folder: Path, batch: Batch, **settings: Any) -> Tensor:
     """The gradient that an update computes, before it is clipped."""
     options = EmbeddedSettings(model=str(folder), max_grad_norm=1e9, **settings)
-    weights = PolicyWeights(load_model(str(folder)).model, options)
+    weights = load_policies(load_model(str(folder)).model, options)["policy"]
     updater = Updater(weights, options)
     kept: list[Tensor] = []
 
@@ -253,14 +253,18 @@ def test_an_adapter_learns_while_the_base_stays_and_is_served_merged(folder: Pat
     engine = tiny_engine(folder, lora_rank=4, learning_rate=1e-2)
     prompts = [some_tokens(0, 40)] * 4
     batch = batch_of(prompts, sampled(engine, prompts), [1.0, -1.0, 0.5, -0.5])
-    base = {name: p.clone() for name, p in engine._weights.model.named_parameters() if "lora" not in name}
+    base = {
+        name: p.clone()
+        for name, p in engine._policies["policy"].weights.model.named_parameters()
+        if "lora" not in name
+    }
     for _ in range(3):
         engine.update(batch)
     completions = sampled(engine, prompts)
     metrics = engine.update(batch_of(prompts, completions, [1.0, -1.0, 0.5, -0.5]))
     assert metrics["logprob_gap"] < 1e-5  # what is served is what is trained
     for name, value in base.items():
-        assert torch.equal(value, dict(engine._weights.model.named_parameters())[name])
+        assert torch.equal(value, dict(engine._policies["policy"].weights.model.named_parameters())[name])
     plain = plain_logprobs(plain_model(folder), prompts[0], completions[0].token_ids)
     assert np.abs(np.array(plain) - np.array(completions[0].logprobs)).max() > 1e-3  # and it did learn
     engine.close()

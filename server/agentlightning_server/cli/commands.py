@@ -102,7 +102,7 @@ def serve(
         host=host, port=port, admin_key=admin_key, database=data / "store.db", model=policy
     ).with_admin_key()
     engine = load_engine(
-        EmbeddedSettings(model=model, policy=policy, learning_rate=learning_rate, lora_rank=lora_rank)
+        EmbeddedSettings(model=model, policies=(policy,), learning_rate=learning_rate, lora_rank=lora_rank)
     )
     if checkpoint is not None:
         engine.load(newest_checkpoint(checkpoint))

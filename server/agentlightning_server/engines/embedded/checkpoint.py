@@ -1,7 +1,7 @@
 """Checkpoints for exact resume, and export as an ordinary Hugging Face folder.
 
-    DIR/weights.safetensors  what learns, in float32       DIR/optimizer.pt  moments and step
-    DIR/state.json           version, counters, and what the weights belong to
+    DIR/POLICY/weights.safetensors  what learns, in float32      DIR/POLICY/optimizer.pt  moments and step
+    DIR/POLICY/state.json           version, counters, and what the weights belong to
 
 After `load`, the next update gives bitwise the weights it would have given before. A checkpoint folder is
 complete or absent: it is written beside its place and renamed into it.
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from agentlightning.errors import InvalidInput, NotFound
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,27 +38,33 @@ class EngineState:
     seed: int
 
 
-def save(
-    directory: Path, state: EngineState, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, Any]
+def write(
+    folder: Path, state: EngineState, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, Any]
 ) -> None:
-    """Write a checkpoint, replacing the one that is there."""
-
-    def write(folder: Path) -> None:
-        save_file(
-            {name: value.contiguous() for name, value in weights.items()}, folder / "weights.safetensors"
-        )
-        torch.save(dict(optimizer), folder / "optimizer.pt")
-        (folder / "state.json").write_text(json.dumps({"format": _FORMAT, **asdict(state)}, indent=2))
-
-    write_folder(directory, write)
+    """Write one policy's part of a checkpoint."""
+    folder.mkdir()
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "weights.safetensors")
+    torch.save(dict(optimizer), folder / "optimizer.pt")
+    (folder / "state.json").write_text(json.dumps({"format": _FORMAT, **asdict(state)}, indent=2))
 
 
-def load(directory: Path) -> tuple[EngineState, dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a checkpoint. Raises NotFound when there is none, InvalidInput for a damaged one."""
-    if not (directory / "state.json").is_file():
+def load(directory: Path, policy: str) -> tuple[EngineState, dict[str, torch.Tensor], dict[str, Any]]:
+    """Read one policy's part of a checkpoint.
+
+    Raises NotFound when there is no checkpoint, InvalidInput for a damaged one or one without the policy.
+    """
+    found = sorted(file.parent.name for file in directory.glob("*/state.json"))
+    if (directory / "state.json").is_file():
+        raise InvalidInput(f"the checkpoint in {directory} was written by another version of this program")
+    if not found:
         raise NotFound(f"there is no checkpoint in {directory}")
+    if policy not in found:
+        raise InvalidInput(
+            f"the checkpoint in {directory} has no policy {policy!r}, but {', '.join(found)}: start the "
+            "engine with the checkpoint's policies"
+        )
     try:
-        return _read(directory)
+        return _read(directory / policy)
     except InvalidInput:
         raise
     except Exception as error:  # each of the three readers has errors of its own kind

@@ -45,6 +45,7 @@ class Decoder:
         cache_tokens: int,
         prefill_tokens: int,
         device: torch.device,
+        stats: DecodeStats | None = None,
     ) -> None:
         self._forward = forward
         self._eos = eos_ids
@@ -60,7 +61,7 @@ class Decoder:
         self._memory = DrawMemory()
         self._clock = 0
         self.version = 0
-        self.stats = DecodeStats()
+        self.stats = stats or DecodeStats()
 
     @property
     def busy(self) -> bool:

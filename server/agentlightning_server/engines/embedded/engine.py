@@ -1,4 +1,4 @@
-"""The embedded engine: serves and trains one transformers model inside this process.
+"""The embedded engine: serves and trains a transformers model inside this process, as one policy or several.
 
 It satisfies `engines.base.Engine`. This module only joins the parts: `loading` finds the model, `worker` and
 `decoding` serve it, `updates` trains it, `checkpoint` keeps it. Invariant: weights change only between
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,19 @@ from . import checkpoint, loading
 from .decoding import Decoder
 from .grammar import Grammars
 from .lanes import DecodeStats, Request
-from .policy import PolicyWeights
+from .policy import PolicyWeights, load_policies
 from .settings import EmbeddedSettings
 from .updates import Updater
 from .worker import Worker
+
+
+@dataclass(frozen=True, slots=True)
+class _Policy:
+    """A policy's weights, what trains them, and what serves them."""
+
+    weights: PolicyWeights
+    updater: Updater
+    decoder: Decoder
 
 
 class EmbeddedEngine:
@@ -45,20 +55,31 @@ class EmbeddedEngine:
         self._eos = loading.eos_ids(loaded)
         limit: int | None = getattr(loaded.model.config, "max_position_embeddings", None)
         self._context = min(self.settings.context_length, limit or self.settings.context_length)
-        self._weights = PolicyWeights(loaded.model, self.settings)
-        self._updater = Updater(self._weights, self.settings)
-        decoder = Decoder(
-            self._weights.forward,
-            eos_ids=self._eos,
-            slots=self.settings.slots,
-            cache_tokens=self.settings.cache_tokens,
-            prefill_tokens=self.settings.prefill_tokens,
-            device=self._weights.device,
-        )
-        self._decoder = decoder
+        self._stats = DecodeStats()
+        self._policies = {
+            name: _Policy(weights, Updater(weights, self.settings), self._decoder(weights))
+            for name, weights in load_policies(loaded.model, self.settings).items()
+        }
         self._grammars = Grammars(loaded.tokenizer, loaded.model.config.vocab_size, self._eos)
         self._requests = 0
-        self._worker = Worker(decoder, queue_size=self.settings.queue_size, gather_s=self.settings.gather_s)
+        self._worker = Worker(
+            {name: policy.decoder for name, policy in self._policies.items()},
+            queue_size=self.settings.queue_size,
+            gather_s=self.settings.gather_s,
+            stats=self._stats,
+        )
+
+    def _decoder(self, weights: PolicyWeights) -> Decoder:
+        share = self.settings.cache_tokens // len(self.settings.policies)
+        return Decoder(
+            weights.forward,
+            eos_ids=self._eos,
+            slots=self.settings.slots,
+            cache_tokens=max(self._context, share),
+            prefill_tokens=self.settings.prefill_tokens,
+            device=weights.device,
+            stats=self._stats,
+        )
 
     @property
     def tokenizer(self) -> ChatTokenizer:
@@ -70,7 +91,7 @@ class EmbeddedEngine:
 
     @property
     def policies(self) -> Sequence[str]:
-        return (self.settings.policy,)
+        return self.settings.policies
 
     @property
     def context_length(self) -> int:
@@ -83,17 +104,16 @@ class EmbeddedEngine:
     @property
     def stats(self) -> DecodeStats:
         """Counters of decoding since the start."""
-        return self._decoder.stats
+        return self._stats
 
     def version(self, policy: str) -> int:
-        self._check(policy)
-        return self._decoder.version
+        return self._policy(policy).decoder.version
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, policy: str) -> Completion:
         """See `engines.base.Engine.generate`."""
-        self._check(policy)
+        self._policy(policy)
         request = self._request(prompt_ids, sampling)
-        self._worker.submit(request)
+        self._worker.submit(request, policy)
         return await asyncio.wrap_future(request.future)
 
     def _request(self, prompt_ids: Sequence[int], sampling: Sampling) -> Request:
@@ -122,59 +142,63 @@ class EmbeddedEngine:
     def update(self, batch: Batch) -> Mapping[str, float]:
         """See `engines.base.Engine.update`. Raises NothingToLearn when no row has an advantage, and
         TrainingDiverged, with the weights untouched, when the loss or its gradient is not finite."""
-        self._check(batch.policy)
-        return self._worker.run(lambda: self._update(batch))
+        policy = self._policy(batch.policy)
+        return self._worker.run(lambda: self._update(policy, batch))
 
-    def _update(self, batch: Batch) -> Mapping[str, float]:
-        self._decoder.drop_caches()  # first, since the update needs memory too
-        metrics = self._updater.update(batch)
-        self._decoder.version += 1
+    def _update(self, policy: _Policy, batch: Batch) -> Mapping[str, float]:
+        policy.decoder.drop_caches()  # first, since the update needs memory too
+        metrics = policy.updater.update(batch)
+        policy.decoder.version += 1
         return metrics
 
     def save(self, directory: Path) -> None:
-        """See `engines.base.Engine.save`."""
+        """See `engines.base.Engine.save`. Each policy has a folder of its own in it."""
 
-        def job() -> None:
-            state = checkpoint.EngineState(
-                version=self._decoder.version,
-                updates=self._updater.updates,
-                requests=self._requests,
-                model=self.settings.model,
-                lora_rank=self.settings.lora_rank,
-                seed=self.settings.seed,
-            )
-            optimizer = self._updater.optimizer.state_dict()
-            checkpoint.save(directory, state, self._weights.trainable_state(), optimizer)
+        def write(folder: Path) -> None:
+            for name, policy in self._policies.items():
+                state = checkpoint.EngineState(
+                    version=policy.decoder.version,
+                    updates=policy.updater.updates,
+                    requests=self._requests,
+                    model=self.settings.model,
+                    lora_rank=self.settings.lora_rank,
+                    seed=self.settings.seed,
+                )
+                checkpoint.write(
+                    folder / name, state, policy.weights.trainable_state(), policy.updater.state()
+                )
 
-        self._worker.run(job)
+        self._worker.run(lambda: checkpoint.write_folder(directory, write))
 
     def load(self, directory: Path) -> None:
         """See `engines.base.Engine.load`. Raises NotFound without a checkpoint, InvalidInput for one of
-        another model or adapter rank."""
+        another model or adapter rank, or without one of the policies."""
         self._worker.run(lambda: self._load(directory))
 
     def _load(self, directory: Path) -> None:
-        state, weights, optimizer = checkpoint.load(directory)
-        for name, mine in (("lora_rank", self.settings.lora_rank), ("model", self.settings.model)):
-            if getattr(state, name) != mine:
-                raise InvalidInput(
-                    f"the checkpoint in {directory} has {name} {getattr(state, name)!r} and this engine "
-                    f"{mine!r}: start the engine with the checkpoint's"
-                )
-        self._weights.restore(weights)
-        self._updater.optimizer.load_state_dict(optimizer)
-        self._updater.updates = state.updates
-        self._requests = state.requests
-        self._decoder.drop_caches()
-        self._decoder.version = state.version
+        found = {name: checkpoint.load(directory, name) for name in self._policies}
+        for state, _, _ in found.values():
+            for name, mine in (("lora_rank", self.settings.lora_rank), ("model", self.settings.model)):
+                if getattr(state, name) != mine:
+                    raise InvalidInput(
+                        f"the checkpoint in {directory} has {name} {getattr(state, name)!r} and this engine "
+                        f"{mine!r}: start the engine with the checkpoint's"
+                    )
+        for name, (state, weights, optimizer) in found.items():
+            policy = self._policies[name]
+            policy.weights.restore(weights)
+            policy.updater.restore(optimizer, state.updates)
+            policy.decoder.drop_caches()
+            policy.decoder.version = state.version
+            self._requests = state.requests
 
     def export(self, directory: Path, policy: str) -> None:
         """See `engines.base.Engine.export`."""
-        self._check(policy)
+        weights = self._policy(policy).weights
 
         def write(folder: Path) -> None:
-            self._weights.export(folder)
-            if not self._weights.tunes_adapter:
+            weights.export(folder)
+            if not weights.tunes_adapter:
                 self._tokenizer.save_pretrained(folder)
 
         self._worker.run(lambda: checkpoint.write_folder(directory, write))
@@ -183,6 +207,7 @@ class EmbeddedEngine:
         """End all generations and free the model."""
         self._worker.close()
 
-    def _check(self, policy: str) -> None:
-        if policy not in self.policies:
-            raise NotFound(f"there is no policy {policy!r}; this engine has {', '.join(self.policies)}")
+    def _policy(self, name: str) -> _Policy:
+        if name not in self._policies:
+            raise NotFound(f"there is no policy {name!r}; this engine has {', '.join(self.policies)}")
+        return self._policies[name]

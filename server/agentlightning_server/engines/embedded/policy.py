@@ -2,8 +2,9 @@
 
     base weights --(LoRA adapter | full weights)--> trained model --publish()--> served model
 
-With full weights the served model is the trained one. An adapter is served merged into a copy that `publish`
-brings up to date, so that decoding costs what it costs without an adapter, and merging never rounds the base.
+With full weights the served model is the trained one, and there is one policy. Adapters are one for each
+policy, on one base; each is served merged into a copy that `publish` brings up to date, so that decoding
+costs what it costs without an adapter, and merging never rounds the base.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import warnings
 from collections.abc import Generator, Mapping
 from pathlib import Path
@@ -25,43 +27,81 @@ from . import attention, loading
 from .cache import RowsView
 from .settings import EmbeddedSettings
 
-_ADAPTER = "default"
+
+def load_policies(model: PreTrainedModel, settings: EmbeddedSettings) -> dict[str, PolicyWeights]:
+    """Take over the model, and give each of the settings' policies its weights.
+
+    Raises InvalidInput when its attention cannot be served.
+    """
+    device = loading.choose_device(settings)
+    attention.install(model)
+    model.to(device)  # pyright: ignore[reportArgumentType, reportCallIssue] - transformers' own overload
+    if not settings.lora_rank:
+        reference = copy.deepcopy(model).requires_grad_(False) if settings.kl_coefficient else None
+        return {settings.policy: PolicyWeights(settings.policy, model, model, reference=reference)}
+    served = {name: copy.deepcopy(model).requires_grad_(False) for name in settings.policies}
+    adapters = _adapt(model, settings)
+    return {name: PolicyWeights(name, model, served[name], adapters=adapters) for name in settings.policies}
+
+
+def _adapt(model: PreTrainedModel, settings: EmbeddedSettings) -> Any:
+    """Put an adapter for each policy on all linear layers. They start alike, as the base model."""
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,  # pyright: ignore[reportArgumentType]
+        target_modules="all-linear",
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    first, *others = settings.policies
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name on its way out
+        torch.manual_seed(settings.seed)
+        adapted = get_peft_model(model, config, adapter_name=first)
+        for name in others:
+            adapted.add_adapter(name, config)
+        return adapted
 
 
 class PolicyWeights:
-    """One policy's models. `model` is trained; `parameters` are those of it that learn."""
+    """One policy's models. `model` is trained, and shared with other policies' adapters; `served` is not."""
 
-    def __init__(self, model: PreTrainedModel, settings: EmbeddedSettings) -> None:
-        """Take over the model. Raises InvalidInput when its attention cannot be served."""
-        self.device = loading.choose_device(settings)
-        attention.install(model)
-        model.to(self.device)  # pyright: ignore[reportArgumentType, reportCallIssue] - transformers' own overload
-        self._reference: Any = None
-        if settings.kl_coefficient and not settings.lora_rank:
-            self._reference = copy.deepcopy(model).requires_grad_(False)
-        self.served: Any = copy.deepcopy(model).requires_grad_(False) if settings.lora_rank else model
-        self._peft: Any = None
+    def __init__(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        served: PreTrainedModel,
+        *,
+        adapters: Any = None,
+        reference: Any = None,
+    ) -> None:
+        self.name = name
         self.model: Any = model
-        if settings.lora_rank:
-            self._peft = self._adapt(model, settings)
+        self.served: Any = served
+        self._peft = adapters
+        self._reference = reference
         self.publish()
 
-    def _adapt(self, model: PreTrainedModel, settings: EmbeddedSettings) -> Any:
-        config = LoraConfig(
-            r=settings.lora_rank,
-            lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,  # pyright: ignore[reportArgumentType]
-            target_modules="all-linear",
-            lora_dropout=0.0,
-            task_type="CAUSAL_LM",
-        )
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name on its way out
-            torch.manual_seed(settings.seed)
-            return get_peft_model(model, config, adapter_name=_ADAPTER)
+    @property
+    def device(self) -> torch.device:
+        return self.served.device
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+        """Those of the model that learn."""
+        return [parameter for _, parameter in self._named_parameters()]
+
+    def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        named = self.model.named_parameters()
+        if self._peft is None:
+            return [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        mine = re.compile(rf"\.lora_[A-Za-z_]+\.{self.name}\b")
+        return [(name, parameter) for name, parameter in named if mine.search(name)]
+
+    def activate(self) -> None:
+        """Make passes of `model` those of this policy, with gradients for its parameters alone."""
+        if self._peft is not None:
+            self._peft.set_adapter(self.name)
 
     @property
     def tunes_adapter(self) -> bool:
@@ -85,7 +125,7 @@ class PolicyWeights:
         for name, module in self.served.named_modules():
             layer: Any = trained[name]
             if hasattr(layer, "get_delta_weight"):
-                merged = layer.get_base_layer().weight + layer.get_delta_weight(_ADAPTER)
+                merged = layer.get_base_layer().weight + layer.get_delta_weight(self.name)
                 module.weight.copy_(merged)
 
     @torch.no_grad()
@@ -103,7 +143,7 @@ class PolicyWeights:
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Names and values of what learns; values are the live tensors."""
-        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: parameter.detach() for name, parameter in self._named_parameters()}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -114,4 +154,12 @@ class PolicyWeights:
 
     def export(self, folder: Path) -> None:
         """Save the adapter where one is trained, else the whole model."""
-        (self._peft or self.model).save_pretrained(folder)
+        if self._peft is None:
+            self.model.save_pretrained(folder)
+            return
+        self._peft.save_pretrained(folder, selected_adapters=[self.name])
+        inner = folder / self.name  # where peft puts adapters that are not called "default"
+        if inner.is_dir():
+            for file in inner.iterdir():
+                file.rename(folder / file.name)
+            inner.rmdir()

@@ -8,12 +8,15 @@ float32 to 0.67 (one run each, 64 problems).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from agentlightning.errors import InvalidInput
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 KLEstimator = Literal["k1", "k2", "k3"]
 
@@ -24,8 +27,9 @@ class EmbeddedSettings:
 
     model: str = DEFAULT_MODEL
     """A local Hugging Face folder or a hub id."""
-    policy: str = "policy"
-    """Name under which the trained model is asked for."""
+    policies: tuple[str, ...] = ("policy",)
+    """Names under which the trained models are asked for. Several are LoRA adapters on one base model, each
+    with an optimiser and a version of its own."""
     device: str = "auto"
     """"cpu", "cuda", ...; "auto" takes a GPU when there is one."""
     threads: int | None = None
@@ -68,6 +72,11 @@ class EmbeddedSettings:
     """Tokens of one training forward and backward pass, a shared prefix aside; bounds its memory. Attention
     over a chunk grows with its square, matrix products gain little above this."""
 
+    @property
+    def policy(self) -> str:
+        """The default policy, the first."""
+        return self.policies[0]
+
     def __post_init__(self) -> None:
         for name in ("slots", "context_length", "queue_size", "prefill_tokens", "pack_tokens"):
             if getattr(self, name) < 1:
@@ -76,6 +85,16 @@ class EmbeddedSettings:
             raise InvalidInput(
                 f"cache_tokens ({self.cache_tokens}) must hold at least one request of context_length "
                 f"({self.context_length}) tokens: raise it or lower context_length"
+            )
+        if not self.policies or len(set(self.policies)) < len(self.policies):
+            raise InvalidInput(f"policies must be one name or several different ones, got {self.policies}")
+        for name in self.policies:
+            if not _NAME.fullmatch(name):
+                raise InvalidInput(f"a policy's name has letters, digits, _ and - only, got {name!r}")
+        if len(self.policies) > 1 and not self.lora_rank:
+            raise InvalidInput(
+                f"{len(self.policies)} policies ({', '.join(self.policies)}) share one base model as LoRA "
+                "adapters: give a lora_rank, 16 say"
             )
         if self.lora_rank < 0:
             raise InvalidInput(f"lora_rank must be 0 (full weights) or positive, got {self.lora_rank}")

@@ -172,6 +172,7 @@ class Updater:
     def update(self, batch: Batch) -> Mapping[str, float]:
         """Apply one update and return its metrics; see `EmbeddedEngine.update`."""
         start = time.perf_counter()
+        self._weights.activate()
         rows = self._rows_to_learn_from(batch)
         stems = plan(batch, rows, self._settings.pack_tokens)
         sums = _Sums()
@@ -261,6 +262,15 @@ class Updater:
         self.optimizer.step()
         self.updates += 1
         return norm
+
+    def state(self) -> Mapping[str, Any]:
+        """What `restore` needs."""
+        return self.optimizer.state_dict()
+
+    def restore(self, state: Mapping[str, Any], updates: int) -> None:
+        """Go on where a checkpoint was made."""
+        self.optimizer.load_state_dict(dict(state))
+        self.updates = updates
 
     @property
     def learning_rate(self) -> float:
