@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from agentlightning.errors import InvalidInput, NothingToLearn
@@ -87,6 +87,17 @@ class Collected:
     episodes: Sequence[Episode]
     rollouts: Sequence[Rollout]
     problems: Counter[str] = field(default_factory=Counter[str])
+    learned_from: Sequence[Episode] = ()
+    """The episodes to learn from, where some were left out on purpose; none for all."""
+
+    @classmethod
+    def joined(cls, rounds: Sequence[Collected]) -> Collected:
+        """Several rounds as one."""
+        return cls(
+            [episode for part in rounds for episode in part.episodes],
+            [rollout for part in rounds for rollout in part.rollouts],
+            sum((part.problems for part in rounds), Counter[str]()),
+        )
 
     @property
     def mean_reward(self) -> float:
@@ -121,15 +132,18 @@ class TrainerBridge:
         version: int | None = None,
         limits: Limits | None = None,
         retry: int = 0,
+        round: int = 0,
         timeout_s: float = 3600.0,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Collected:
         """Run every task `group_size` times and read the episodes of those that ended.
 
         Blocks until all rollouts are final. Failed rollouts are counted in `problems`; at `timeout_s` the
-        rest is cancelled. Raises NothingToLearn when none can be used.
+        rest is cancelled. Another `round` of a step has rollouts of its own. Raises NothingToLearn when none
+        can be used.
         """
-        rollouts = self._rollouts(tasks, step, group_size, mode, version, limits or Limits(), retry)
+        again = (f".retry{retry}" if retry else "") + (f".round{round}" if round else "")
+        rollouts = self._rollouts(tasks, f"{step}{again}", group_size, mode, version, limits or Limits())
         self._service.enqueue(rollouts)
         ended = self._await([r.id for r in rollouts], timeout_s, on_progress)
         by_id = {r.id: r for r in ended}
@@ -145,26 +159,24 @@ class TrainerBridge:
             raise NothingToLearn(_nothing(problems))
         return Collected(episodes, list(ended), problems)
 
-    def batch(self, episodes: Sequence[Episode]) -> Batch:
-        """`make_batch` with this run's settings."""
-        return make_batch(episodes, self.learning)
+    def batch(self, episodes: Sequence[Episode], policy: str | None = None) -> Batch:
+        """`make_batch` with this run's settings, of another of its policies where one is named."""
+        return make_batch(episodes, replace(self.learning, policy=policy or self.learning.policy))
 
     def _rollouts(
         self,
         tasks: Sequence[Task],
-        step: int,
+        step: str,
         group_size: int,
         mode: Mode,
         version: int | None,
         limits: Limits,
-        retry: int,
     ) -> list[Rollout]:
         if group_size < 1:
             raise InvalidInput(f"group_size must be at least 1, got {group_size}")
         rollouts: list[Rollout] = []
-        again = f".retry{retry}" if retry else ""
         for position, task in enumerate(tasks):
-            group = f"{self.run_id}.{mode}.{step}{again}.{position}"
+            group = f"{self.run_id}.{mode}.{step}.{position}"
             for sample in range(group_size):
                 rollouts.append(
                     Rollout(
@@ -259,15 +271,23 @@ def deciding_attempt(attempts: Sequence[Attempt]) -> Attempt | None:
     return max(good or attempts, key=lambda a: a.number, default=None)
 
 
-def learnable_groups(episodes: Sequence[Episode], learning: LearningSettings) -> tuple[int, int]:
-    """(groups with a difference to learn from, groups): the others have no gradient."""
+@dataclass(frozen=True, slots=True)
+class Learnable:
+    """Ids of the groups with a difference to learn from, and the number of all: the rest has no gradient."""
+
+    mixed: frozenset[str]
+    groups: int
+
+
+def learnable_groups(episodes: Sequence[Episode], learning: LearningSettings) -> Learnable:
+    """Which groups have a gradient, before any selection of agents."""
     rewarded = [e for e in episodes if e.final_reward is not None and e.transitions]
-    mixed = {
+    mixed = frozenset(
         episode.group_id
         for episode, own in zip(rewarded, advantages(rewarded, learning), strict=True)
         if own.any()
-    }
-    return len(mixed), len({episode.group_id for episode in rewarded})
+    )
+    return Learnable(mixed, len({episode.group_id for episode in rewarded}))
 
 
 def _last_line(error: str | None) -> str | None:

@@ -213,7 +213,8 @@ def _batch(episodes: Sequence[Episode], learning: LearningSettings) -> list[Find
 
 def _variance(episodes: Sequence[Episode], learning: LearningSettings) -> list[Finding]:
     mean = sum(e.final_reward or 0.0 for e in episodes) / len(episodes)
-    mixed, groups = learnable_groups(episodes, learning)
+    learnable = learnable_groups(episodes, learning)
+    mixed, groups = len(learnable.mixed), learnable.groups
     remedy = (
         "put a worked example into the prompt, warm-start with a little supervised fine-tuning, choose "
         "tasks of middling difficulty, or enlarge the group"

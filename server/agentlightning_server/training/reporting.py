@@ -36,6 +36,9 @@ class StepRecord:
     update_s: float
     problems: Mapping[str, int] = field(default_factory=dict[str, int])
     update: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Metrics of the update; with several policies, each name begins with the policy's and a slash."""
+    versions: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Version of each trained policy after the step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,13 @@ import shutil
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from agentlightning.bridge import Collected, LearningSettings, RolloutService, TrainerBridge, learnable_groups
 from agentlightning.errors import InvalidInput, NothingToLearn
-from agentlightning.types import Batch, Limits, Mode, Task
+from agentlightning.types import Batch, Episode, Limits, Mode, Task
 from agentlightning_server.engines.base import Engine
 from agentlightning_server.training.order import digest_of, tasks_of_step
 from agentlightning_server.training.reporting import (
@@ -58,11 +58,17 @@ class TrainSettings:
     checkpoint_every: int = 5
     """Steps between checkpoints; steps since the last one are replayed from stored rollouts on resume."""
     learning: LearningSettings = field(default_factory=LearningSettings)
+    policies: Sequence[str] = ()
+    """Policies to train from the same episodes, each on its own calls; none for `learning.policy` alone."""
+    max_rounds: int = 1
+    """Above 1, a step whose groups all earned the same, or some of them, collects further tasks in up to
+    so many rounds, and learns from groups with a difference only (DAPO's dynamic sampling,
+    arXiv:2503.14476, section 3.2)."""
     limits: Limits = field(default_factory=Limits)
     step_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        for name in ("tasks_per_step", "group_size", "checkpoint_every"):
+        for name in ("tasks_per_step", "group_size", "checkpoint_every", "max_rounds"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.steps < 0:
@@ -83,7 +89,7 @@ class TrainResult:
 
 
 class Trainer:
-    """Trains one policy of an engine on rollouts that workers run elsewhere."""
+    """Trains one or several policies of an engine on rollouts that workers run elsewhere."""
 
     def __init__(
         self,
@@ -94,6 +100,7 @@ class Trainer:
     ) -> None:
         self._engine = engine
         self._settings = settings
+        self._policies = tuple(settings.policies) or (settings.learning.policy,)
         self._reporter = reporter or SilentReporter()
         self._bridge = TrainerBridge(service, settings.run_id, settings.learning)
         settings.output.mkdir(parents=True, exist_ok=True)
@@ -142,7 +149,7 @@ class Trainer:
             **({"held_out": digest_of(held_out)} if held_out else {}),
             "tasks_per_step": settings.tasks_per_step,
             "group_size": settings.group_size,
-            "policy": learning.policy,
+            "policy": ", ".join(self._policies),
             "estimator": str(learning.estimator),
             "normalise": str(learning.normalisation),
         }
@@ -181,7 +188,7 @@ class Trainer:
 
     @property
     def _version(self) -> int:
-        return self._engine.version(self._settings.learning.policy)
+        return self._engine.version(self._policies[0])
 
     @contextmanager
     def _given_up(self, mode: Mode, step: int) -> Generator[None]:
@@ -199,37 +206,79 @@ class Trainer:
         self._reporter.stepped(record)
 
     def _stepped(self, train: Sequence[Task], step: int) -> StepRecord:
-        settings = self._settings
         self._reporter.phase("rollouts", step)
         began = time.monotonic()
-        tasks = tasks_of_step(train, seed=settings.seed, step=step, count=settings.tasks_per_step)
-        collected = self._collect(tasks, step, group_size=settings.group_size, mode=Mode.TRAIN)
+        collected, mixed, groups = self._rollouts(train, step)
         rolled_out = time.monotonic()
         self._reporter.phase("update", step)
-        batch = self._bridge.batch(collected.episodes)
-        mixed, groups = learnable_groups(collected.episodes, settings.learning)
-        update = self._update(batch)
+        batches = self._batches(collected)
+        update = self._update(batches)
         return StepRecord(
             step=step,
             version=self._version,
+            versions={name: self._engine.version(name) for name in self._policies},
             reward=collected.mean_reward,
             mean_return=collected.mean_return,
             episodes=len(collected.episodes),
             groups=groups,
             mixed_groups=mixed,
             tool_calls=tool_call_share(collected.episodes),
-            sampled_tokens=int(batch.response_mask.sum()),
+            sampled_tokens=sum(int(batch.response_mask.sum()) for batch in batches.values()),
             rollout_s=rolled_out - began,
             update_s=time.monotonic() - rolled_out,
             problems={**collected.problems, **({} if update else {NO_DIFFERENCE: 1})},
             update={name: float(value) for name, value in update.items() if math.isfinite(value)},
         )
 
-    def _update(self, batch: Batch) -> Mapping[str, float]:
-        """Update the policy, unless all advantages are zero; too many such steps in a row end the run."""
-        if batch.advantages.any():
+    def _rollouts(self, train: Sequence[Task], step: int) -> tuple[Collected, int, int]:
+        """What the step learns from, the groups in it with a difference, and the groups that were run."""
+        settings = self._settings
+        rounds: list[Collected] = []
+        kept: list[Episode] = []
+        mixed = groups = 0
+        while len(rounds) < settings.max_rounds and mixed < settings.tasks_per_step:
+            tasks = tasks_of_step(
+                train, seed=settings.seed, step=step, count=settings.tasks_per_step, round=len(rounds)
+            )
+            collected = self._collect(
+                tasks, step, group_size=settings.group_size, mode=Mode.TRAIN, round=len(rounds)
+            )
+            rounds.append(collected)
+            learnable = learnable_groups(collected.episodes, settings.learning)
+            mixed, groups = mixed + len(learnable.mixed), groups + learnable.groups
+            kept += [e for e in collected.episodes if e.group_id in learnable.mixed]
+        collected = Collected.joined(rounds)
+        return (
+            (replace(collected, learned_from=kept) if len(rounds) > 1 and kept else collected),
+            mixed,
+            groups,
+        )
+
+    def _batches(self, collected: Collected) -> dict[str, Batch]:
+        """A batch for each policy that has one. Raises NothingToLearn when none has."""
+        batches: dict[str, Batch] = {}
+        problems: list[NothingToLearn] = []
+        for policy in self._policies:
+            try:
+                batches[policy] = self._bridge.batch(collected.learned_from or collected.episodes, policy)
+            except NothingToLearn as problem:
+                problems.append(problem)
+        if not batches:
+            raise problems[0]
+        return batches
+
+    def _update(self, batches: Mapping[str, Batch]) -> dict[str, float]:
+        """Update each policy whose advantages are not all zero; too many steps in a row without one end the
+        run."""
+        metrics: dict[str, float] = {}
+        for policy, batch in batches.items():
+            if batch.advantages.any():
+                prefix = f"{policy}/" if len(self._policies) > 1 else ""
+                made = self._engine.update(batch)
+                metrics |= {f"{prefix}{name}": value for name, value in made.items()}
+        if metrics:
             self._flat_steps = 0
-            return self._engine.update(batch)
+            return metrics
         self._flat_steps += 1
         if self._flat_steps >= MAX_FLAT_STEPS:
             raise NothingToLearn(
@@ -239,12 +288,15 @@ class Trainer:
             )
         return {}
 
-    def _collect(self, tasks: Sequence[Task], step: int, *, group_size: int, mode: Mode) -> Collected:
+    def _collect(
+        self, tasks: Sequence[Task], step: int, *, group_size: int, mode: Mode, round: int = 0
+    ) -> Collected:
         return self._bridge.collect(
             tasks,
             step=step,
             group_size=group_size,
             mode=mode,
+            round=round,
             version=self._version,
             limits=self._settings.limits,
             retry=self._retries.of(mode, step),
