@@ -376,6 +376,7 @@ class Batch:
     response_mask: Mask  # [N]
     old_logprobs: Logprobs  # [N], 0 where response_mask is False
     advantages: Floats  # [N], 0 where response_mask is False
+    rewards: Floats  # [N], a call's own reward at its last token, the final one at the episode's last; else 0
     weights: Floats  # [N], 0 where response_mask is False
     temperatures: Floats  # [N], of the call that sampled the token, 1 elsewhere
     transition_index: Indices  # [N], -1 where response_mask is False

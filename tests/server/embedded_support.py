@@ -99,6 +99,7 @@ def make_batch(
         response_mask=responses,
         old_logprobs=np.array(old, dtype=np.float32),
         advantages=np.array(advantage, dtype=np.float32),
+        rewards=np.zeros(len(ids), dtype=np.float32),
         weights=np.where(responses, 1 / responses.sum(), 0).astype(np.float32),
         temperatures=np.array(temperature, dtype=np.float32),
         transition_index=np.array(index, dtype=np.int32),

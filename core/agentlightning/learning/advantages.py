@@ -28,6 +28,7 @@ import numpy as np
 
 from agentlightning.errors import InvalidInput
 from agentlightning.learning.credit import Credit, discounted, identical
+from agentlightning.learning.gae import WHITEN_EPS
 from agentlightning.learning.states import observation
 from agentlightning.types import Episode, Transition
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from agentlightning.types import Floats
 
 EPS = 1e-6
-WHITEN_EPS = 1e-8  # VeRL's, inside the root
 FLAT = 1e-6  # a spread of returns below this is floating-point noise, not a difference
 
 State: TypeAlias = "Callable[[Transition], Hashable]"

@@ -120,12 +120,15 @@ def _pack(
     index = np.full(size, -1, dtype=np.int32)
     old = np.zeros(size, dtype=np.float32)
     temperature = np.ones(size, dtype=np.float32)
+    rewards = np.zeros(size, dtype=np.float32)
+    earned = _earned(episodes)
     for row, offset in zip(rows, offsets, strict=False):
         for start, t in row.responses:
             span = slice(offset + start, offset + start + len(transitions[t].response_ids))
             index[span] = t
             old[span] = transitions[t].logprobs
             temperature[span] = transitions[t].temperature or 1.0
+            rewards[span.stop - 1] = earned[t]
     mask = index >= 0
     group_of = {group: g for g, group in enumerate(dict.fromkeys(e.group_id for e in episodes))}
     weights = _weights(episodes, normalise)
@@ -135,6 +138,7 @@ def _pack(
         response_mask=mask,
         old_logprobs=old,
         advantages=np.where(mask, advantages[index], 0).astype(np.float32),
+        rewards=rewards,
         weights=np.where(mask, weights[index], 0).astype(np.float32),
         temperatures=temperature,
         transition_index=index,
@@ -148,6 +152,16 @@ def _pack(
         episodes=len(episodes),
         unmerged_tokens=sum(len(t.prompt_ids) + len(t.response_ids) for t in transitions),
     )
+
+
+def _earned(episodes: Sequence[Episode]) -> list[float]:
+    """What each transition earned itself; the last of an episode earned the final reward too."""
+    earned: list[float] = []
+    for episode in episodes:
+        earned += [transition.reward for transition in episode.transitions]
+        if episode.transitions:
+            earned[-1] += episode.final_reward or 0.0
+    return earned
 
 
 def _weights(episodes: Sequence[Episode], normalise: Normalise) -> Floats:

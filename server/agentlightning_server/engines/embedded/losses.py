@@ -38,7 +38,7 @@ class TokenLoss:
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: Clip) -> TokenLoss:
     """The clipped surrogate of each token, negated. All shapes [E]; differentiable in `logprobs`."""
-    ratio = (logprobs - old_logprobs).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    ratio = _ratio(logprobs, old_logprobs)
     plain = -advantages * ratio
     bounded = -advantages * ratio.clamp(1 - clip.low, 1 + clip.high)
     single = torch.maximum(plain, bounded)
@@ -46,6 +46,20 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
     dual = torch.minimum(floor, single)
     negative = advantages < 0
     return TokenLoss(torch.where(negative, dual, single), bounded > plain, negative & (single > floor))
+
+
+def importance_weights(proximal: Tensor, sampled: Tensor, cap: float) -> Tensor:
+    """min(pi_proximal / pi_sampled, cap) of each token, without a gradient. Shapes [E].
+
+    `proximal` are the log-probabilities at the start of the update, `sampled` those that were sampled with,
+    by a version some updates older. Truncated importance sampling: Ionides 2008; Yao et al., "Your efficient
+    RL framework secretly brings you off-policy RL training" (2025); VeRL's `rollout_correction`.
+    """
+    return _ratio(proximal, sampled).clamp(max=cap).detach()
+
+
+def _ratio(logprobs: Tensor, others: Tensor) -> Tensor:
+    return (logprobs - others).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
 
 
 def kl_penalty(logprobs: Tensor, reference: Tensor, estimator: KLEstimator) -> Tensor:

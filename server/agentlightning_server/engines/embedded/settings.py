@@ -65,6 +65,21 @@ class EmbeddedSettings:
     clip_high: float = 0.28
     dual_clip: float = 3.0
     """Bound on the loss of a token with a negative advantage, in units of its advantage."""
+    epochs: int = 1
+    """Passes of an update over its batch."""
+    minibatches: int = 1
+    """Optimiser steps of one pass, each on a share of the batch's rows."""
+    importance_cap: float | None = None
+    """Truncated importance sampling for rollouts that are some versions old: the loss is clipped around the
+    policy at the start of the update and weighted by how much likelier that makes a token than the version
+    that sampled it, at most by this (2, say). None clips around the version that sampled."""
+    critic: bool = False
+    """Estimate advantages by GAE with a value head (PPO) instead of by comparing rollouts of a group."""
+    critic_learning_rate: float = 1e-3
+    value_clip: float = 0.5
+    gamma: float = 1.0
+    """Discount per token, for the critic."""
+    gae_lambda: float = 1.0
     kl_coefficient: float = 0.0
     """Weight of a penalty on leaving the base model; above 0 on full weights this keeps a second copy."""
     kl_estimator: KLEstimator = "k3"
@@ -78,7 +93,16 @@ class EmbeddedSettings:
         return self.policies[0]
 
     def __post_init__(self) -> None:
-        for name in ("slots", "context_length", "queue_size", "prefill_tokens", "pack_tokens"):
+        counts = (
+            "slots",
+            "context_length",
+            "queue_size",
+            "prefill_tokens",
+            "pack_tokens",
+            "epochs",
+            "minibatches",
+        )
+        for name in counts:
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.cache_tokens < self.context_length:
@@ -96,5 +120,7 @@ class EmbeddedSettings:
                 f"{len(self.policies)} policies ({', '.join(self.policies)}) share one base model as LoRA "
                 "adapters: give a lora_rank, 16 say"
             )
+        if self.importance_cap is not None and not self.importance_cap > 0:
+            raise InvalidInput(f"importance_cap must be above zero, or None, got {self.importance_cap}")
         if self.lora_rank < 0:
             raise InvalidInput(f"lora_rank must be 0 (full weights) or positive, got {self.lora_rank}")

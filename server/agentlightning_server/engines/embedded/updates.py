@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from agentlightning.errors import AgentLightningError, NothingToLearn
+from agentlightning.errors import AgentLightningError, InvalidInput, NothingToLearn
+from agentlightning.learning.gae import gae, whiten
 from agentlightning.types import Batch
 
-from .losses import Clip, kl_penalty, policy_loss
+from .critic import Critic, value_loss
+from .losses import Clip, importance_weights, kl_penalty, policy_loss
 from .packing import Chunk, Stem, packed_tokens, plan
 from .policy import PolicyWeights
 from .settings import EmbeddedSettings
@@ -96,21 +99,38 @@ def stem_state(model: Any, stem: Stem, device: torch.device) -> StemState | None
     return state
 
 
-def chunk_logprobs(
-    model: Any, chunk: Chunk, stem: StemState | None, temperatures: Tensor, device: torch.device
-) -> Tensor:
-    """Log-probability of each entry's token under softmax(logits / temperature). Shape [E].
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a pass says of a chunk's response tokens: log-probabilities [E], hidden states [E, H] if asked."""
+
+    logprobs: Tensor
+    hidden: Tensor | None
+
+
+def score(
+    model: Any,
+    chunk: Chunk,
+    stem: StemState | None,
+    temperatures: Tensor,
+    device: torch.device,
+    *,
+    hidden: bool = False,
+) -> Scored:
+    """Log-probability of each entry's token under softmax(logits / temperature).
 
     Only places that predict a response token pay for the output matrix, once each.
     """
     sources, place = np.unique(chunk.sources, return_inverse=True)
-    logits = model(
+    kept = torch.from_numpy(sources).to(device)
+    passed = model(
         input_ids=torch.from_numpy(chunk.tokens).to(device)[None],
         position_ids=torch.from_numpy(chunk.positions).to(device)[None],
         kv_view=TreeView(torch.from_numpy(chunk.visible).to(device), stem),
         use_cache=False,
-        logits_to_keep=torch.from_numpy(sources).to(device),
-    ).logits[0]
+        logits_to_keep=kept,
+        output_hidden_states=hidden,
+    )
+    logits = passed.logits[0]
     targets = torch.from_numpy(chunk.targets).to(device)
     places = torch.from_numpy(place).to(device)
     logprobs = torch.zeros(len(targets), device=device)
@@ -121,7 +141,7 @@ def chunk_logprobs(
         scaled = scaled if temperature == 1 else scaled / temperature
         values = scaled[back, targets[mine]] - scaled.logsumexp(-1)[back]
         logprobs = logprobs.index_put((mine,), values)
-    return logprobs
+    return Scored(logprobs, passed.hidden_states[-1][0, kept][places] if hidden else None)
 
 
 @dataclass(slots=True)
@@ -138,7 +158,7 @@ class _Sums:
         return self.values[name] / max(1, self.tokens)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Arrays:
     """The batch's per-token numbers as tensors on the device. Shapes [N]."""
 
@@ -146,23 +166,39 @@ class _Arrays:
     advantages: Tensor
     weights: Tensor
     temperatures: Tensor
+    importance: Tensor | None = None
+    """Weights of truncated importance sampling."""
+    values: Tensor | None = None
+    """The critic's, before the update."""
+    targets: Tensor | None = None
+    """What the critic's values should be."""
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> _Arrays:
         columns = (batch.old_logprobs, batch.advantages, batch.weights, batch.temperatures)
-        return cls(*(torch.from_numpy(np.array(c, dtype=np.float32)).to(device) for c in columns))
+        return cls(*(_tensor(column, device) for column in columns))
+
+
+def _tensor(values: NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.float32)).to(device)
 
 
 class Updater:
-    """The optimiser of one policy and the number of updates it has made."""
+    """The optimiser of one policy, its critic if it has one, and the number of updates it has made."""
 
     def __init__(self, weights: PolicyWeights, settings: EmbeddedSettings) -> None:
         self._weights = weights
         self._settings = settings
         self._clip = Clip(settings.clip_low, settings.clip_high, settings.dual_clip)
         self.updates = 0
+        self.critic: Critic | None = None
+        groups: list[dict[str, Any]] = [{"params": weights.parameters, "scale": 1.0}]
+        if settings.critic:
+            self.critic = Critic(weights.model.config.hidden_size, weights.device)
+            scale = settings.critic_learning_rate / settings.learning_rate if settings.learning_rate else 1.0
+            groups.append({"params": list(self.critic.parameters()), "scale": scale})
         self.optimizer = torch.optim.AdamW(
-            weights.parameters,
+            groups,
             lr=settings.learning_rate,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
@@ -174,23 +210,37 @@ class Updater:
         start = time.perf_counter()
         self._weights.activate()
         rows = self._rows_to_learn_from(batch)
-        stems = plan(batch, rows, self._settings.pack_tokens)
+        arrays = self._prepared(batch, rows)
         sums = _Sums()
-        arrays = _Arrays.of(batch, self._weights.device)
-        self.optimizer.zero_grad(set_to_none=True)
+        packed: list[Stem] = []
+        norms: list[float] = []
         try:
-            for stem in stems:
-                self._accumulate(stem, arrays, sums)
-            norm = self._step()
+            for part in self._parts(rows):
+                stems = plan(batch, part, self._settings.pack_tokens)
+                share = len(part) / len(rows)  # so that each step weighs as much as one on the whole batch
+                self.optimizer.zero_grad(set_to_none=True)
+                for stem in stems:
+                    self._accumulate(stem, arrays, sums, 1 / share)
+                norms.append(self._step())
+                packed += stems
         finally:
             self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
         self._weights.publish()
-        return self._metrics(batch, rows, stems, sums, norm, time.perf_counter() - start)
+        return self._metrics(batch, rows, packed, sums, float(np.mean(norms)), time.perf_counter() - start)
+
+    def _parts(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:
+        """The rows of each optimiser step: every epoch in its own order, cut into minibatches."""
+        count = min(self._settings.minibatches, len(rows))
+        order = np.random.default_rng([self._settings.seed, self.updates])
+        for _ in range(self._settings.epochs):
+            mixed = [rows[i] for i in order.permutation(len(rows))] if count > 1 else list(rows)
+            yield from (mixed[i::count] for i in range(count))
 
     def _rows_to_learn_from(self, batch: Batch) -> list[int]:
-        """Rows with a gradient: without a KL penalty those with an advantage."""
+        """Rows with a gradient: without a KL penalty or a critic those with an advantage."""
         matters = batch.weights != 0
-        if not self._settings.kl_coefficient:
+        if not self._settings.kl_coefficient and self.critic is None:
             matters = matters & (batch.advantages != 0)
         bounds = zip(batch.row_offsets, batch.row_offsets[1:], strict=False)
         rows = [i for i, (start, end) in enumerate(bounds) if matters[start:end].any()]
@@ -201,23 +251,44 @@ class Updater:
             )
         return rows
 
-    def _accumulate(self, stem: Stem, arrays: _Arrays, sums: _Sums) -> None:
-        """Add the gradient of a stem and its chunks."""
-        device = self._weights.device
-        references = self._references(stem, arrays) if self._settings.kl_coefficient else None
-        state = stem_state(self._weights.model, stem, device)
-        for i, chunk in enumerate(stem.chunks):
-            entries = torch.from_numpy(chunk.entries).to(device)
-            logprobs = chunk_logprobs(self._weights.model, chunk, state, arrays.temperatures[entries], device)
-            loss = self._loss(logprobs, entries, arrays, references[i] if references else None, sums)
-            if not torch.isfinite(loss):
-                raise TrainingDiverged(
-                    f"the loss of update {self.updates + 1} is {loss.item()}, and the weights were kept: "
-                    "lower learning_rate, or look for non-finite log-probabilities in the batch"
-                )
-            loss.backward()
-        if state is not None:
-            state.backward()
+    # --- what stays the same during an update ----------------------------------------------------
+
+    def _prepared(self, batch: Batch, rows: Sequence[int]) -> _Arrays:
+        """The batch's numbers, with what the policy and the critic say of it before they change."""
+        arrays = _Arrays.of(batch, self._weights.device)
+        cap = self._settings.importance_cap
+        if cap is None and self.critic is None:
+            return arrays
+        logprobs, values = self._scored(plan(batch, rows, self._settings.pack_tokens), arrays)
+        if cap is not None:
+            arrays.importance = importance_weights(logprobs, arrays.old, cap)
+            arrays.old = logprobs
+        if self.critic is not None:
+            advantages, targets = gae(
+                batch, values.cpu().numpy(), gamma=self._settings.gamma, lam=self._settings.gae_lambda
+            )
+            arrays.values = values
+            arrays.targets = _tensor(targets, self._weights.device)
+            arrays.advantages = _tensor(whiten(advantages, batch.response_mask), self._weights.device)
+        return arrays
+
+    @torch.no_grad()
+    def _scored(self, stems: Sequence[Stem], arrays: _Arrays) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and values of all response tokens, [N] each."""
+        logprobs, values = arrays.old.clone(), torch.zeros_like(arrays.old)
+        for stem in stems:
+            state = stem_state(self._weights.model, stem, self._weights.device)
+            for chunk in stem.chunks:
+                entries = torch.from_numpy(chunk.entries).to(self._weights.device)
+                scored = self._score(chunk, state, arrays.temperatures[entries])
+                logprobs[entries] = scored.logprobs
+                if self.critic is not None and scored.hidden is not None:
+                    values[entries] = self.critic(scored.hidden)
+        return logprobs, values
+
+    def _score(self, chunk: Chunk, state: StemState | None, temperatures: Tensor) -> Scored:
+        hidden = self.critic is not None
+        return score(self._weights.model, chunk, state, temperatures, self._weights.device, hidden=hidden)
 
     @torch.no_grad()
     def _references(self, stem: Stem, arrays: _Arrays) -> list[Tensor]:
@@ -226,16 +297,41 @@ class Updater:
         with self._weights.reference() as model:
             state = stem_state(model, stem, device)
             return [
-                chunk_logprobs(model, chunk, state, arrays.temperatures[chunk.entries], device)
+                score(model, chunk, state, arrays.temperatures[chunk.entries], device).logprobs
                 for chunk in stem.chunks
             ]
 
+    # --- one optimiser step ----------------------------------------------------------------------
+
+    def _accumulate(self, stem: Stem, arrays: _Arrays, sums: _Sums, scale: float) -> None:
+        """Add the gradient of a stem and its chunks, `scale` times."""
+        device = self._weights.device
+        references = self._references(stem, arrays) if self._settings.kl_coefficient else None
+        state = stem_state(self._weights.model, stem, device)
+        for i, chunk in enumerate(stem.chunks):
+            entries = torch.from_numpy(chunk.entries).to(device)
+            scored = self._score(chunk, state, arrays.temperatures[entries])
+            loss = self._loss(scored, entries, arrays, references[i] if references else None, sums)
+            if not torch.isfinite(loss):
+                raise TrainingDiverged(
+                    f"the loss of update {self.updates + 1} is {loss.item()}, and the weights were kept: "
+                    "lower learning_rate, or look for non-finite log-probabilities in the batch"
+                )
+            (scale * loss).backward()
+        if state is not None:
+            state.backward()
+
     def _loss(
-        self, logprobs: Tensor, entries: Tensor, arrays: _Arrays, reference: Tensor | None, sums: _Sums
+        self, scored: Scored, entries: Tensor, arrays: _Arrays, reference: Tensor | None, sums: _Sums
     ) -> Tensor:
+        logprobs = scored.logprobs
         old, weights = arrays.old[entries], arrays.weights[entries]
         tokens = policy_loss(logprobs, old, arrays.advantages[entries], self._clip)
-        loss = (weights * tokens.loss).sum()
+        surrogate = tokens.loss
+        if arrays.importance is not None:
+            surrogate = surrogate * arrays.importance[entries]
+            sums.add("importance", arrays.importance[entries])
+        loss = (weights * surrogate).sum()
         if reference is not None:
             penalty = kl_penalty(logprobs, reference, self._settings.kl_estimator)
             loss = loss + self._settings.kl_coefficient * (weights * penalty).sum()
@@ -247,7 +343,17 @@ class Updater:
         sums.add("approx_kl", old - logprobs)
         sums.add("entropy", -logprobs)
         sums.add("logprob_gap", (logprobs - old).abs())
-        return loss
+        return loss + self._value_loss(scored, entries, arrays, sums)
+
+    def _value_loss(self, scored: Scored, entries: Tensor, arrays: _Arrays, sums: _Sums) -> Tensor:
+        """The critic's loss; 0 without one."""
+        if self.critic is None or scored.hidden is None or arrays.values is None or arrays.targets is None:
+            return scored.logprobs.new_zeros(())
+        values, targets = self.critic(scored.hidden), arrays.targets[entries]
+        errors = value_loss(values, arrays.values[entries], targets, self._settings.value_clip)
+        sums.add("value_loss", errors)
+        sums.add("value", values)
+        return (arrays.weights[entries] * errors).sum()
 
     def _step(self) -> float:
         parameters = self._weights.parameters
@@ -258,18 +364,24 @@ class Updater:
                 "lower learning_rate, or look for extreme advantages in the batch"
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+            group["lr"] = self.learning_rate * group["scale"]
         self.optimizer.step()
-        self.updates += 1
         return norm
 
     def state(self) -> Mapping[str, Any]:
         """What `restore` needs."""
-        return self.optimizer.state_dict()
+        critic = None if self.critic is None else self.critic.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "critic": critic}
 
     def restore(self, state: Mapping[str, Any], updates: int) -> None:
-        """Go on where a checkpoint was made."""
-        self.optimizer.load_state_dict(dict(state))
+        """Go on where a checkpoint was made. Raises InvalidInput when that was with a critic and this is
+        without one, or the other way round."""
+        if (state["critic"] is None) != (self.critic is None):
+            had, has = ("no critic", "one") if self.critic is not None else ("a critic", "none")
+            raise InvalidInput(f"the checkpoint has {had} and this engine {has}: set critic as it was")
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.updates = updates
 
     @property
@@ -289,8 +401,8 @@ class Updater:
     ) -> dict[str, float]:
         names = ("clip_fraction", "dual_clip_fraction", "approx_kl", "entropy", "logprob_gap")
         metrics = {name: sums.mean(name) for name in names}
-        if self._settings.kl_coefficient:
-            metrics["kl_reference"] = sums.mean("kl_reference")
+        optional = ("kl_reference", "importance", "value_loss", "value")
+        metrics |= {name: sums.mean(name) for name in optional if name in sums.values}
         lengths = np.diff(batch.row_offsets)
         return metrics | {
             "loss": sums.values["loss"],
