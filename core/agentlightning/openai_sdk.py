@@ -18,7 +18,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from agentlightning import semconv
-from agentlightning.context import current_rollout, open_span
+from agentlightning.context import ActiveRollout, current_rollout, open_span
 from agentlightning.tracing.guard import record_failure
 from agentlightning.tracing.patching import Patches
 from agentlightning.tracing.process import server_url
@@ -83,13 +83,16 @@ def _async_hook(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaita
 
 
 def _with_headers(client: Any, options: Any) -> Any:
-    """The request options with our headers, where they go to our server."""
+    """The request options with our headers, where they go to our server.
+
+    The SDK hands its hook a copy of its own for each try, so the options are changed and not copied again.
+    """
     try:
-        ours = request_headers(str(client._prepare_url(options.url))) if _owners else {}
+        url: str = options.url
+        ours = request_headers(url if "://" in url else str(client.base_url)) if _owners else {}
         if ours:
             given: Any = options.headers
-            headers = {**given, **ours} if hasattr(given, "keys") else ours  # else the SDK's "not given"
-            options = options.model_copy(update={"headers": headers})
+            options.headers = {**given, **ours} if hasattr(given, "keys") else ours  # else "not given"
     except Exception as error:
         record_failure("agentlightning.openai_sdk", error)
     return options
@@ -101,8 +104,7 @@ def request_headers(url: str) -> dict[str, str]:
     span = open_span()
     if active is None and span is None:
         return {}
-    target = _origin(url)
-    if target not in (_origin(active.base_url if active else ""), _origin(server_url())) or not target:
+    if not _is_ours(url, active):
         return {}
     headers = dict[str, str]()
     if span is not None:
@@ -111,6 +113,19 @@ def request_headers(url: str) -> dict[str, str]:
         headers[semconv.HEADER_ROLLOUT] = active.rollout_id
         headers[semconv.HEADER_ATTEMPT] = active.attempt_id
     return headers
+
+
+def is_our_server(url: str) -> bool:
+    """Whether it has the origin of the active rollout's base URL, or of the configured server."""
+    return _is_ours(url, current_rollout())
+
+
+def _is_ours(url: str, active: ActiveRollout | None) -> bool:
+    target = _origin(url)
+    return target is not None and target in (
+        _origin(active.base_url if active else ""),
+        _origin(server_url()),
+    )
 
 
 @functools.lru_cache(maxsize=64)

@@ -40,8 +40,9 @@ def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
     chosen.uninstrument()
 
 
-# AutoGen serialises parsed answers in a way that pydantic warns of.
+# AutoGen serialises parsed answers in a way that pydantic warns of; CrewAI uses what it deprecated.
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:crewai")
 @pytest.mark.parametrize("way", list(Way), ids=str)
 @pytest.mark.parametrize("case", list(Case), ids=str)
 def test_cell(stage: Stage, driver: Driver, way: Way, case: Case) -> None:
