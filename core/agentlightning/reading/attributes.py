@@ -46,7 +46,7 @@ def parsed(attributes: Attributes, name: str) -> Json:
     if isinstance(value, str):
         try:
             return cast(Json, json.loads(value))
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return None if isinstance(value, bytes) else cast(Json, value)
 

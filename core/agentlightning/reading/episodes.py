@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from agentlightning.errors import InvalidInput
 from agentlightning.reading.join import JoinedCalls, join_calls
+from agentlightning.reading.requests import with_requests
 from agentlightning.reading.views import read_trace
 from agentlightning.types import Attempt, Episode, LLMCall, Reward, Rollout, Span, Transition
 
@@ -44,7 +45,7 @@ def read_episode(
         final_reward=_final_reward(named, reward_weights),
         rewards=named,
         calls=joined.calls,
-        tool_calls=trace.tool_calls,
+        tool_calls=with_requests(trace.tool_calls, joined.calls),
         agent_runs=trace.agent_runs,
         untrainable=problems,
     )

@@ -1,19 +1,20 @@
 """The join of adapter and gateway spans into one `LLMCall` per sampled answer.
 
 The gateway's span is the truth of what was sampled; the adapter's says who asked and why. They meet by parent
-(the SDK patch sends `traceparent`), else by response id, else by the exact request within the attempt, in
-order of time. A gateway answer that its caller never saw (the SDK timed out and asked again) is kept apart.
+(the SDK patch sends `traceparent`; so do instrumentations of HTTP clients, whose span is then between the
+two), else by response id, else by the exact request within the attempt, in order of time. A gateway answer
+that its caller never saw (the SDK timed out and asked again) is kept apart.
 """
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from agentlightning.reading.comparable import request_key
 from agentlightning.reading.views import TraceView, enclosing_agent
-from agentlightning.types import LLMCall, Message
+from agentlightning.types import LLMCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +35,14 @@ def join_calls(trace: TraceView) -> JoinedCalls:
         served = matches.get(caller.span_id, [])
         used.update(call.span_id for call in served)
         seen = _seen(caller, served)
-        unseen += [call for call in served if call not in seen]
+        unseen += [call for call in served if call not in seen and call.error is None]
         if not seen:
             joined.append((caller.start_ns, caller))
         joined += [(call.start_ns, _merge(caller, call)) for call in seen]
     joined += [(call.start_ns, call) for call in trace.gateway_calls if call.span_id not in used]
     joined.sort(key=lambda pair: pair[0])
     names = {run.span_id: run.name for run in trace.agent_runs}
+    names |= {gone: names[kept] for gone, kept in trace.merged.items() if kept in names}
     calls = [_named(call, names, trace.parents) for _, call in joined]
     return JoinedCalls(calls, unseen)
 
@@ -52,7 +54,7 @@ def _match(trace: TraceView) -> dict[str, list[LLMCall]]:
     matches: dict[str, list[LLMCall]] = defaultdict(list)
     rest: list[LLMCall] = []
     for call in trace.gateway_calls:
-        caller = by_id.get(call.parent_id or "") or by_response.get(call.response_id or "")
+        caller = _caller_above(call, by_id, trace) or by_response.get(call.response_id or "")
         if caller is None:
             rest.append(call)
         else:
@@ -60,12 +62,25 @@ def _match(trace: TraceView) -> dict[str, list[LLMCall]]:
     waiting: dict[str, list[LLMCall]] = defaultdict(list)
     for caller in trace.adapter_calls:
         if caller.span_id not in matches and caller.messages:
-            waiting[_request_key(caller)].append(caller)
+            waiting[request_key(caller.messages)].append(caller)
     for call in rest:
-        callers = waiting.get(_request_key(call))
+        callers = waiting.get(request_key(call.messages))
         if callers:
             matches[callers.pop(0).span_id].append(call)
     return matches
+
+
+def _caller_above(call: LLMCall, callers: Mapping[str, LLMCall], trace: TraceView) -> LLMCall | None:
+    """The call that a gateway's span ran inside of; the nearest agent or tool ends the search."""
+    seen: set[str] = set()
+    span_id = call.parent_id
+    while span_id is not None and span_id not in seen:
+        caller = callers.get(trace.merged.get(span_id, span_id))
+        if caller is not None or span_id in trace.borders:
+            return caller
+        seen.add(span_id)
+        span_id = trace.parents.get(span_id)
+    return None
 
 
 def _seen(caller: LLMCall, served: Sequence[LLMCall]) -> list[LLMCall]:
@@ -99,12 +114,3 @@ def _named(call: LLMCall, names: Mapping[str, str], parents: Mapping[str, str | 
     if call.agent_name is not None:
         return call
     return replace(call, agent_name=enclosing_agent(call.parent_id, names, parents))
-
-
-def _request_key(call: LLMCall) -> str:
-    return json.dumps([_comparable(message) for message in call.messages], sort_keys=True, ensure_ascii=False)
-
-
-def _comparable(message: Message) -> dict[str, object]:
-    """A message without what frameworks add or leave out on the way (empty and null fields, names)."""
-    return {key: value for key, value in message.items() if value not in (None, "", []) and key != "name"}

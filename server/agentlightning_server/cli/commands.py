@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,18 +18,19 @@ from rich.console import Console
 
 from agentlightning._version import __version__
 from agentlightning.bridge import LearningSettings
-from agentlightning.client import LightningClient
 from agentlightning.context import ENV_TRACER
 from agentlightning.doctor import Finding, Level, Recorded, diagnose, gather
 from agentlightning.errors import InvalidInput
 from agentlightning.learning import AIR, CREDIT, Estimator, select_agents
 from agentlightning.runner.__main__ import main as run_worker
 from agentlightning.tasks import load_tasks
-from agentlightning.types import Limits, Rollout, Task
+from agentlightning.types import Limits, Task
+from agentlightning_server.cli.export import export
 from agentlightning_server.cli.progress import ProgressReporter
+from agentlightning_server.cli.sources import stored
 from agentlightning_server.engines.embedded.settings import DEFAULT_MODEL, EmbeddedSettings
 from agentlightning_server.settings import Settings
-from agentlightning_server.store import Principal, RolloutFilter, Scope, Store
+from agentlightning_server.store import Principal, Scope
 from agentlightning_server.training.live import LiveSettings, LiveTrainer
 from agentlightning_server.training.local import (
     LocalServer,
@@ -49,6 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Agent Lightning: existing agents learn from their own traces.",
 )
+app.add_typer(export, name="export")
 console = Console(stderr=True)
 
 AgentArgument = Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="Function that runs one task.")]
@@ -251,23 +252,8 @@ def doctor(
 
 
 def _recorded(run_folder: Path | None, server: str | None, key: str | None) -> list[Recorded]:
-    if server is not None:
-        with LightningClient(server, key or "") as client:
-            return gather(_all_pages(lambda after: client.rollouts(after=after)), client)
-    if run_folder is None:
-        raise InvalidInput("name the folder of a run, or a live server with --server")
-    database = run_folder / "store.db"
-    if not database.exists():
-        raise InvalidInput(f"{run_folder} holds no run: there is no store.db in it")
-    with Store(database) as store:
-        return gather(_all_pages(lambda after: store.rollouts(RolloutFilter(after=after))), store)
-
-
-def _all_pages(page: Callable[[str | None], Sequence[Rollout]]) -> list[Rollout]:
-    rollouts: list[Rollout] = []
-    while found := page(rollouts[-1].id if rollouts else None):
-        rollouts += found
-    return rollouts
+    with stored(run_folder, server, key) as source:
+        return gather(list(source.rollouts()), source.service)
 
 
 def _held_out(path: Path | None) -> list[Task]:
