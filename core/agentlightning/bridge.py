@@ -280,7 +280,12 @@ class Learnable:
 
 
 def learnable_groups(episodes: Sequence[Episode], learning: LearningSettings) -> Learnable:
-    """Which groups have a gradient, before any selection of agents."""
+    """Which groups have a gradient, before any selection of agents.
+
+    Whitening after a group baseline, which moves every advantage, makes no group differ.
+    """
+    if learning.estimator is Estimator.REINFORCE_PP_BASELINE:
+        learning = replace(learning, estimator=Estimator.GRPO_NO_STD)
     rewarded = [e for e in episodes if e.final_reward is not None and e.transitions]
     mixed = frozenset(
         episode.group_id

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.episodes import episode, transition
 
+from agentlightning.bridge import LearningSettings, learnable_groups
 from agentlightning.errors import InvalidInput, NothingToLearn
 from agentlightning.learning import (
     CREDIT,
@@ -216,6 +217,13 @@ def test_merging_rows_changes_no_advantage_and_no_weight(
             getattr(b, column)[b.response_mask][i] for b, i in zip((merged, apart), index, strict=True)
         )
         assert left == pytest.approx(right)
+
+
+@pytest.mark.parametrize("estimator", [e for e in Estimator if e is not Estimator.REINFORCE_PP])
+def test_a_group_is_learnable_where_its_returns_differ(estimator: Estimator) -> None:
+    played = [earning([0.0] * n, final, group) for n, final, group in ((1, 1, "a"), (4, 0, "a"), (2, 1, "b"))]
+    found = learnable_groups([*played, played[-1]], LearningSettings(estimator=estimator))
+    assert (found.mixed, found.groups) == ({"a"}, 2)
 
 
 @given(st.lists(REWARDS, min_size=2, max_size=5))

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from tests.support.waiting import wait_until
 
 from agentlightning.bridge import LearningSettings, TrainerBridge
 from agentlightning.errors import AgentLightningError, NothingToLearn
-from agentlightning.types import Batch, Limits, Mode, RolloutStatus, Task
+from agentlightning.types import Limits, Mode, RolloutStatus, Task
 from agentlightning_server.engines.base import Completion, Sampling
 from agentlightning_server.engines.embedded.engine import EmbeddedEngine
 from agentlightning_server.engines.embedded.settings import EmbeddedSettings
@@ -219,15 +220,8 @@ def test_a_runner_that_cannot_start_ends_the_run_with_its_log(tmp_path: Path) ->
         )
 
 
-class FlatEngine(EmbeddedEngine):
-    """Fails the test when it is asked to learn from nothing."""
-
-    def update(self, batch: Batch) -> Mapping[str, float]:
-        raise AssertionError("an update without an advantage")
-
-
 def test_steps_without_a_difference_change_nothing_and_end_the_run_with_advice(tmp_path: Path) -> None:
-    with serving(FlatEngine(_engine(tmp_path)), tmp_path) as server:
+    with serving(EmbeddedEngine(_engine(tmp_path)), tmp_path) as server:
         runner = RunnerSettings(f"{AGENTS}:two_turns", concurrency=8)
         tasks = [Task("t", {"question": "?", "stream": False, "reward": 1})]
         with local_runner(server.url, server.key, runner, tmp_path / "runner.log"):
@@ -235,3 +229,14 @@ def test_steps_without_a_difference_change_nothing_and_end_the_run_with_advice(t
             with pytest.raises(NothingToLearn, match="5 steps in a row"):
                 Trainer(server.engine, server.store, settings).run(tasks)
         assert server.engine.version("policy") == 0
+
+
+def test_with_a_critic_one_rollout_per_task_is_enough(tmp_path: Path) -> None:
+    with serving(EmbeddedEngine(replace(_engine(tmp_path), critic=True)), tmp_path) as server:
+        runner = RunnerSettings(f"{AGENTS}:two_turns", concurrency=8)
+        tasks = [Task("t", {"question": "?", "stream": False, "reward": 1})]
+        with local_runner(server.url, server.key, runner, tmp_path / "runner.log"):
+            settings = _settings(tmp_path, steps=2, tasks_per_step=1, group_size=1)
+            steps = Trainer(server.engine, server.store, settings).run(tasks).steps
+    assert [step.version for step in steps] == [1, 2]
+    assert all(step.update["value_loss"] > 0 for step in steps)

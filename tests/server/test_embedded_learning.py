@@ -31,7 +31,7 @@ async def rollouts(engine: EmbeddedEngine, step: int) -> list[Completion]:
 
 
 def rewards_while_training(engine: EmbeddedEngine, *, blind: bool = False) -> list[float]:
-    """Mean reward per step of group-relative learning; `blind` shuffles who earned what."""
+    """Mean reward per step, learning from groups or by the critic; `blind` shuffles who earned what."""
     rng = np.random.default_rng(0)
     history: list[float] = []
     for step in range(STEPS):
@@ -40,6 +40,10 @@ def rewards_while_training(engine: EmbeddedEngine, *, blind: bool = False) -> li
         history.append(float(rewards.mean()))
         if blind:
             rewards = rng.permuted(rewards, axis=1)
+        if engine.settings.critic:
+            nothing = [0.0] * len(PROMPTS)
+            engine.update(batch_of(PROMPTS, completions, nothing, rewards.ravel().tolist()))
+            continue
         spread = rewards.std(1, ddof=1, keepdims=True) + 1e-6
         advantages = (rewards - rewards.mean(1, keepdims=True)) / spread
         engine.update(batch_of(PROMPTS, completions, advantages.ravel().tolist()))
@@ -48,9 +52,10 @@ def rewards_while_training(engine: EmbeddedEngine, *, blind: bool = False) -> li
 
 FULL: dict[str, Any] = {"learning_rate": 5e-3}
 ADAPTER: dict[str, Any] = {"learning_rate": 3e-2, "lora_rank": 8}
+CRITIC: dict[str, Any] = {**FULL, "critic": True, "critic_learning_rate": 1e-2, "gae_lambda": 0.95}
 
 
-@pytest.mark.parametrize(("settings", "reached"), [(FULL, 0.85), (ADAPTER, 0.68)])
+@pytest.mark.parametrize(("settings", "reached"), [(FULL, 0.85), (ADAPTER, 0.68), (CRITIC, 0.85)])
 def test_the_reward_of_a_random_model_rises(tmp_path: Path, settings: dict[str, Any], reached: float) -> None:
     engine = tiny_engine(tmp_path / "model", **settings)
     history = rewards_while_training(engine)
@@ -59,8 +64,11 @@ def test_the_reward_of_a_random_model_rises(tmp_path: Path, settings: dict[str, 
     assert np.mean(history[-3:]) > reached
 
 
-def test_rewards_given_to_the_wrong_completions_teach_nothing(tmp_path: Path) -> None:
-    engine = tiny_engine(tmp_path / "model", **FULL)
+@pytest.mark.parametrize("settings", [FULL, CRITIC])
+def test_rewards_given_to_the_wrong_completions_teach_nothing(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    engine = tiny_engine(tmp_path / "model", **settings)
     history = rewards_while_training(engine, blind=True)
     engine.close()
     assert np.mean(history[-3:]) < 0.65

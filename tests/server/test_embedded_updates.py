@@ -2,35 +2,35 @@
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tests.server.embedded_support import (
+    ADVANTAGES,
     Piece,
     batch_of,
+    difference,
     make_batch,
+    old_logprobs,
+    packed_gradient,
+    plain_gradient,
     plain_logprobs,
     plain_model,
     sampled,
     some_tokens,
     tiny_engine,
+    two_calls_each,
+    unmerged,
 )
-from torch import Tensor
 
 from agentlightning.errors import NothingToLearn
-from agentlightning.types import Batch
-from agentlightning_server.engines.embedded import EmbeddedSettings
-from agentlightning_server.engines.embedded.loading import load_model
 from agentlightning_server.engines.embedded.losses import Clip, kl_penalty, policy_loss
 from agentlightning_server.engines.embedded.packing import packed_tokens, plan
-from agentlightning_server.engines.embedded.policy import load_policies
 from agentlightning_server.engines.embedded.tiny import make_tiny_model
-from agentlightning_server.engines.embedded.updates import TrainingDiverged, Updater
+from agentlightning_server.engines.embedded.updates import TrainingDiverged
 
 CLIP = Clip(0.2, 0.28, 3.0)
 
@@ -40,86 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
-def old_logprobs(seed: int, response: Sequence[int]) -> list[float]:
-    """Of some other policy, far enough away for every kind of clipping."""
-    return (-8 * np.random.default_rng(seed).random(len(response))).tolist()
-
-
-def episodes(groups: int = 3, size: int = 3, system: int = 60) -> list[list[Piece]]:
-    """Two-call episodes: a long common prefix, a prompt per group, responses that start alike."""
-    rows: list[list[Piece]] = []
-    for g in range(groups):
-        prompt = some_tokens(0, system) + some_tokens(100 + g, 12)
-        for i in range(size):
-            seed = 10 * g + i
-            first = some_tokens(200 + g, 4) + some_tokens(300 + seed, 5)
-            second = some_tokens(400 + seed, 6)
-            rows.append(
-                [
-                    (prompt, first, old_logprobs(seed, first)),
-                    (some_tokens(500 + seed, 5), second, old_logprobs(seed + 50, second)),
-                ]
-            )
-    return rows
-
-
-def unmerged(rows: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
-    """The same calls, each a row of its own."""
-    separate: list[list[Piece]] = []
-    for pieces in rows:
-        history: list[int] = []
-        for context, response, logprobs in pieces:
-            separate.append([([*history, *context], response, logprobs)])
-            history += [*context, *response]
-    return separate
-
-
-def packed_gradient(folder: Path, batch: Batch, **settings: Any) -> Tensor:
-    """The gradient that an update computes, before it is clipped."""
-    options = EmbeddedSettings(model=str(folder), max_grad_norm=1e9, **settings)
-    weights = load_policies(load_model(str(folder)).model, options)["policy"]
-    updater = Updater(weights, options)
-    kept: list[Tensor] = []
-
-    def keep(*_: Any) -> None:
-        kept.append(torch.cat([p.grad.flatten() for p in weights.parameters if p.grad is not None]))
-
-    updater.optimizer.register_step_pre_hook(keep)
-    updater.update(batch)
-    return kept[0]
-
-
-def plain_gradient(folder: Path, batch: Batch) -> Tensor:
-    """The same by transformers alone, a row at a time, with the loss written out."""
-    model = plain_model(folder)
-    for row in range(batch.rows):
-        part = slice(int(batch.row_offsets[row]), int(batch.row_offsets[row + 1]))
-        ids = torch.tensor(batch.token_ids[part].tolist())
-        picked = torch.from_numpy(batch.response_mask[part])[1:]
-        temperature = torch.from_numpy(batch.temperatures[part])[1:, None]
-        logprobs = torch.log_softmax(model(ids[None]).logits[0, :-1] / temperature, -1)
-        logprobs = logprobs.gather(1, ids[1:, None])[:, 0]
-        old, advantages, weights = (
-            torch.from_numpy(column[part])[1:]
-            for column in (batch.old_logprobs, batch.advantages, batch.weights)
-        )
-        ratio = (logprobs - old).exp()
-        surrogate = torch.min(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
-        surrogate = torch.where(advantages < 0, torch.max(surrogate, 3 * advantages), surrogate)
-        (-(weights * surrogate)[picked].sum()).backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
-ADVANTAGES = [1.0, -0.5, 0.25, -1.5, 2.0, 0.5, -1.0, 0.75, -0.25]
-
-
 @pytest.mark.parametrize("pack_tokens", [1, 40, 10_000])
 def test_packing_keeps_the_gradient_of_separate_rows(folder: Path, pack_tokens: int) -> None:
-    batch = make_batch(episodes(), ADVANTAGES, temperatures=[1.0, 0.7, 1.3] * 3)
+    batch = make_batch(two_calls_each(), ADVANTAGES, temperatures=[1.0, 0.7, 1.3] * 3)
     packed = packed_gradient(folder, batch, pack_tokens=pack_tokens)
     assert difference(packed, plain_gradient(folder, batch)) < 1e-4
 
@@ -133,7 +56,7 @@ def test_rows_without_a_common_prefix_keep_their_gradient(folder: Path) -> None:
 
 
 def test_merged_and_unmerged_calls_give_the_same_gradient(folder: Path) -> None:
-    rows = episodes()
+    rows = two_calls_each()
     merged = make_batch(rows, ADVANTAGES)
     separate = make_batch(unmerged(rows), [a for a in ADVANTAGES for _ in range(2)])
     assert separate.rows == 2 * merged.rows
@@ -141,7 +64,7 @@ def test_merged_and_unmerged_calls_give_the_same_gradient(folder: Path) -> None:
 
 
 def test_every_distinct_prefix_is_computed_once() -> None:
-    rows = episodes()
+    rows = two_calls_each()
     batch = make_batch(rows, ADVANTAGES)
     sequences = [[t for c, r, _ in pieces for t in (*c, *r)] for pieces in rows]
     distinct = {tuple(s[: n + 1]) for s in sequences for n in range(len(s))}
@@ -149,7 +72,7 @@ def test_every_distinct_prefix_is_computed_once() -> None:
 
 
 def test_chunks_stay_within_the_budget_and_the_stem_is_computed_once() -> None:
-    batch = make_batch(episodes(), ADVANTAGES)
+    batch = make_batch(two_calls_each(), ADVANTAGES)
     (stem,) = plan(batch, range(batch.rows), 45)
     assert len(stem.tokens) == 60
     assert len(stem.chunks) > 3
@@ -217,7 +140,7 @@ def test_an_update_raises_what_was_rewarded_and_lowers_what_was_not(folder: Path
 
 def test_a_batch_without_advantages_is_refused_and_changes_nothing(folder: Path) -> None:
     engine = tiny_engine(folder)
-    batch = make_batch(episodes(1, 2), [0.0, 0.0])
+    batch = make_batch(two_calls_each(1, 2), [0.0, 0.0])
     with pytest.raises(NothingToLearn, match="2 rows"):
         engine.update(batch)
     assert engine.version("policy") == 0
@@ -227,7 +150,7 @@ def test_a_batch_without_advantages_is_refused_and_changes_nothing(folder: Path)
 @pytest.mark.parametrize("column", ["old_logprobs", "weights", "advantages"])
 def test_a_loss_that_is_not_finite_leaves_the_weights_alone(folder: Path, column: str) -> None:
     engine = tiny_engine(folder)
-    good = make_batch(episodes(), ADVANTAGES)
+    good = make_batch(two_calls_each(), ADVANTAGES)
     values = getattr(good, column).copy()
     values[np.flatnonzero(good.response_mask)[-1]] = np.nan
     prompt = some_tokens(0, 40)
@@ -243,7 +166,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone(folder: Path, column
 
 def test_the_learning_rate_warms_up(folder: Path) -> None:
     engine = tiny_engine(folder, learning_rate=1e-3, warmup_updates=3)
-    batch = make_batch(episodes(1, 3), ADVANTAGES[:3])
+    batch = make_batch(two_calls_each(1, 3), ADVANTAGES[:3])
     rates = [engine.update(batch)["learning_rate"] for _ in range(5)]
     assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
     engine.close()

@@ -22,7 +22,14 @@ from agentlightning.learning.credit import (
     identical,
     per_agent,
 )
-from agentlightning.learning.selection import Selector, select, select_agents
+from agentlightning.learning.selection import (
+    Selector,
+    select,
+    select_agents,
+    select_all,
+    select_policies,
+    selector_named,
+)
 
 __all__ = [
     "AIR",
@@ -46,5 +53,8 @@ __all__ = [
     "per_agent",
     "select",
     "select_agents",
+    "select_all",
+    "select_policies",
+    "selector_named",
     "step_advantages",
 ]

@@ -151,7 +151,9 @@ def _advantage(returns: np.ndarray, group: np.ndarray, index: int, estimator: Es
 
 def _whitened(values: Sequence[NDArray[Any]], tokens: Sequence[np.ndarray] | None) -> list[Floats]:
     """Mean 0 and variance 1 over all response tokens of the batch (VeRL's masked_whiten)."""
-    flat = np.concatenate([np.asarray(v, dtype=np.float64) for v in values]) if values else np.zeros(0)
+    if not values:
+        return []
+    flat = np.concatenate([np.asarray(v, dtype=np.float64) for v in values])
     counts = np.ones(len(flat)) if tokens is None else np.concatenate([*tokens]).astype(np.float64)
     total = float(counts.sum())
     if total < 2 or float(np.ptp(flat)) < FLAT:

@@ -99,8 +99,11 @@ class Engine(Protocol):
         ...
 
     def update(self, batch: Batch) -> Mapping[str, float]:
-        """Apply one optimiser update to `batch.policy` and return metrics. Blocks; waits for generations
-        under way, and those asked for meanwhile wait for it."""
+        """Apply one update to `batch.policy` and return metrics. Blocks; waits for generations under way, and
+        those asked for meanwhile wait for it.
+
+        Raises NothingToLearn, with the policy as it was, when the batch has no difference to learn from.
+        """
         ...
 
     def save(self, directory: Path) -> None:

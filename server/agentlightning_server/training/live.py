@@ -11,12 +11,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from agentlightning.bridge import LearningSettings, deciding_attempt, make_batch
+from agentlightning.bridge import LearningSettings, deciding_attempt
 from agentlightning.errors import AgentLightningError
 from agentlightning.learning import apply_air
 from agentlightning.reading import read_episode
@@ -24,6 +24,7 @@ from agentlightning.types import Episode, Mode, Rollout, RolloutStatus
 from agentlightning_server.engines.base import Engine
 from agentlightning_server.store import RolloutFilter, Store
 from agentlightning_server.training.reporting import StepRecord, tool_call_share
+from agentlightning_server.training.updating import make_batches, update_policies
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ class LiveSettings:
     poll_s: float = 2.0
     checkpoint_every: int = 5
     learning: LearningSettings = field(default_factory=LearningSettings)
+    policies: Sequence[str] = ()
+    """Policies to train, each on its own calls; none for `learning.policy` alone."""
 
 
 class LiveTrainer:
@@ -61,6 +64,7 @@ class LiveTrainer:
         self._engine = engine
         self._store = store
         self._settings = settings
+        self._policies = tuple(settings.policies) or (settings.learning.policy,)
         self._on_update = on_update
         self._stop = threading.Event()
         self._checkpoint = settings.output / "checkpoints" / "live"
@@ -106,13 +110,18 @@ class LiveTrainer:
             episode = self._episode(rollout)
             if episode is None:
                 continue
-            oldest = min((t.policy_version for t in episode.transitions), default=None)
-            if oldest is None or self._version - oldest > self._settings.max_lag:
+            lag = self._lag(episode)
+            if lag is None or lag > self._settings.max_lag:
                 self._used.add(rollout.id)
             elif episode.final_reward is not None:
                 yield episode
             elif time.time_ns() - (rollout.ended_ns or 0) > self._settings.reward_wait_s * 1e9:
                 self._used.add(rollout.id)
+
+    def _lag(self, episode: Episode) -> int | None:
+        """Updates since the episode's oldest call of a policy that learns; None without such a call."""
+        calls = [t for t in episode.transitions if t.policy in self._policies]
+        return max((self._engine.version(t.policy) - t.policy_version for t in calls), default=None)
 
     def _unused(self) -> Iterator[Rollout]:
         after = self._after
@@ -149,32 +158,29 @@ class LiveTrainer:
     def _update(self, episodes: list[Episode]) -> StepRecord:
         self._used.update(episode.rollout_id for episode in episodes)
         group = [replace(episode, group_id=STATE) for episode in episodes]
-        batch = make_batch(group, self._settings.learning)
-        metrics: Mapping[str, float] = self._engine.update(batch) if batch.advantages.any() else {}
+        batches, _ = make_batches(group, self._settings.learning, self._policies)
+        metrics = update_policies(self._engine, batches, self._policies)
         self._updates += 1
         if self._updates % self._settings.checkpoint_every == 0:
             self.save()
         rewards = [episode.final_reward or 0.0 for episode in episodes]
         record = StepRecord(
             step=self._updates - 1,
-            version=self._version,
+            version=self._engine.version(self._policies[0]),
+            versions={name: self._engine.version(name) for name in self._policies},
             reward=sum(rewards) / len(rewards),
             mean_return=sum(episode.total_return for episode in episodes) / len(episodes),
             episodes=len(episodes),
             groups=1,
             mixed_groups=int(bool(metrics)),
             tool_calls=tool_call_share(episodes),
-            sampled_tokens=int(batch.response_mask.sum()),
+            sampled_tokens=sum(int(batch.response_mask.sum()) for batch in batches.values()),
             rollout_s=0.0,
-            update_s=float(metrics.get("seconds", 0.0)),
-            update=dict(metrics),
+            update_s=sum(value for name, value in metrics.items() if name.endswith("seconds")),
+            update=metrics,
         )
         self._on_update(record)
         return record
-
-    @property
-    def _version(self) -> int:
-        return self._engine.version(self._settings.learning.policy)
 
     def save(self) -> None:
         """Write the checkpoint and what it was learned from; a kill makes the rest be learned again."""

@@ -22,7 +22,13 @@ from agentlightning.types import Span, Task
 from agentlightning_server.app import create_app, serve_in_thread
 from agentlightning_server.engines.base import Engine
 from agentlightning_server.engines.embedded.settings import EmbeddedSettings
-from agentlightning_server.gateway import Gateway, GatewaySettings, gateway_routes
+from agentlightning_server.gateway import (
+    Gateway,
+    GatewaySettings,
+    Upstreams,
+    gateway_routes,
+    load_upstreams,
+)
 from agentlightning_server.settings import Settings
 from agentlightning_server.store import Store
 from agentlightning_server.training.reporting import Reporter
@@ -67,6 +73,7 @@ def local_server(
 ) -> Generator[LocalServer]:
     """Serve an engine until the block ends; the engine is closed with it."""
     settings = settings.with_admin_key()
+    upstreams = Upstreams(load_upstreams(settings.upstreams) if settings.upstreams else None)
     with (
         only_server_of(settings.data_dir),
         Store(settings.database, durability=settings.durability) as store,
@@ -75,8 +82,8 @@ def local_server(
         async def record(spans: Sequence[Span]) -> None:
             await asyncio.wrap_future(store.submit_spans(spans))
 
-        served = Gateway(engine, record, gateway)
-        app = create_app(store, gateway=gateway_routes(served), settings=settings)
+        served = Gateway(engine, record, gateway, upstreams)
+        app = create_app(store, gateway=gateway_routes(served), settings=settings, on_stop=upstreams.close)
         server = serve_in_thread(app, settings.host, settings.port)
         try:
             yield LocalServer(server.url, settings.admin_key or "", store, served, engine)

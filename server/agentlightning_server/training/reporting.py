@@ -63,6 +63,8 @@ class EvalRecord:
     returns: Mapping[str, float] = field(default_factory=dict[str, float])
     """Return by task id."""
     problems: Mapping[str, int] = field(default_factory=dict[str, int])
+    versions: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Version of each trained policy."""
 
 
 class Reporter(Protocol):

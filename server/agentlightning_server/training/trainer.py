@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,7 @@ from agentlightning_server.training.reporting import (
     tool_call_share,
     write_whole,
 )
+from agentlightning_server.training.updating import make_batches, update_policies
 
 MAX_FLAT_STEPS = 5  # steps in a row without a gradient before the run is given up
 NO_DIFFERENCE = "no group had a difference to learn from: the policy stays as it is"
@@ -171,6 +173,7 @@ class Trainer:
         record = EvalRecord(
             step=step,
             version=self._version,
+            versions=self._versions,
             reward=mean,
             stderr=stderr,
             mean_return=mean_return,
@@ -189,6 +192,10 @@ class Trainer:
     @property
     def _version(self) -> int:
         return self._engine.version(self._policies[0])
+
+    @property
+    def _versions(self) -> dict[str, int]:
+        return {name: self._engine.version(name) for name in self._policies}
 
     @contextmanager
     def _given_up(self, mode: Mode, step: int) -> Generator[None]:
@@ -211,12 +218,13 @@ class Trainer:
         collected, mixed, groups = self._rollouts(train, step)
         rolled_out = time.monotonic()
         self._reporter.phase("update", step)
-        batches = self._batches(collected)
+        learned_from = collected.learned_from or collected.episodes
+        batches, without = make_batches(learned_from, self._settings.learning, self._policies)
         update = self._update(batches)
         return StepRecord(
             step=step,
             version=self._version,
-            versions={name: self._engine.version(name) for name in self._policies},
+            versions=self._versions,
             reward=collected.mean_reward,
             mean_return=collected.mean_return,
             episodes=len(collected.episodes),
@@ -226,7 +234,7 @@ class Trainer:
             sampled_tokens=sum(int(batch.response_mask.sum()) for batch in batches.values()),
             rollout_s=rolled_out - began,
             update_s=time.monotonic() - rolled_out,
-            problems={**collected.problems, **({} if update else {NO_DIFFERENCE: 1})},
+            problems={**collected.problems, **without, **({} if update else {NO_DIFFERENCE: 1})},
             update={name: float(value) for name, value in update.items() if math.isfinite(value)},
         )
 
@@ -237,12 +245,7 @@ class Trainer:
         kept: list[Episode] = []
         mixed = groups = 0
         while len(rounds) < settings.max_rounds and mixed < settings.tasks_per_step:
-            tasks = tasks_of_step(
-                train, seed=settings.seed, step=step, count=settings.tasks_per_step, round=len(rounds)
-            )
-            collected = self._collect(
-                tasks, step, group_size=settings.group_size, mode=Mode.TRAIN, round=len(rounds)
-            )
+            collected = self._round(train, step, len(rounds))
             rounds.append(collected)
             learnable = learnable_groups(collected.episodes, settings.learning)
             mixed, groups = mixed + len(learnable.mixed), groups + learnable.groups
@@ -254,28 +257,22 @@ class Trainer:
             groups,
         )
 
-    def _batches(self, collected: Collected) -> dict[str, Batch]:
-        """A batch for each policy that has one. Raises NothingToLearn when none has."""
-        batches: dict[str, Batch] = {}
-        problems: list[NothingToLearn] = []
-        for policy in self._policies:
-            try:
-                batches[policy] = self._bridge.batch(collected.learned_from or collected.episodes, policy)
-            except NothingToLearn as problem:
-                problems.append(problem)
-        if not batches:
-            raise problems[0]
-        return batches
+    def _round(self, train: Sequence[Task], step: int, round: int) -> Collected:
+        """The rollouts of one round. A further one that comes to nothing leaves the step what it has."""
+        settings = self._settings
+        tasks = tasks_of_step(
+            train, seed=settings.seed, step=step, count=settings.tasks_per_step, round=round
+        )
+        try:
+            return self._collect(tasks, step, group_size=settings.group_size, mode=Mode.TRAIN, round=round)
+        except NothingToLearn as problem:
+            if not round:
+                raise
+            return Collected([], [], Counter([str(problem)]))
 
     def _update(self, batches: Mapping[str, Batch]) -> dict[str, float]:
-        """Update each policy whose advantages are not all zero; too many steps in a row without one end the
-        run."""
-        metrics: dict[str, float] = {}
-        for policy, batch in batches.items():
-            if batch.advantages.any():
-                prefix = f"{policy}/" if len(self._policies) > 1 else ""
-                made = self._engine.update(batch)
-                metrics |= {f"{prefix}{name}": value for name, value in made.items()}
+        """Update each policy that has something to learn; too many steps in a row without one end the run."""
+        metrics = update_policies(self._engine, batches, self._policies)
         if metrics:
             self._flat_steps = 0
             return metrics

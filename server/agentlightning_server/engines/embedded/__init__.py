@@ -4,10 +4,11 @@
     loading    find and load a model              decoding   continuous batching over
     policy     the weights, trained and served      cache      stored keys and values, with
     updates    one optimiser update over              attention  the hook into transformers,
-      packing    prefix trees, and                    placement  shared prefixes,
-      losses     the clipped policy loss              sampling   draws, and
-    checkpoint exact resume, export                   lanes      requests under way
-    tiny       a random little model for tests        memory     of draws, for late requests
+      packing    prefix trees,                        placement  shared prefixes,
+      scoring    passes over them,                    sampling   draws, and
+      losses     the clipped policy loss, and         lanes      requests under way
+      critic     the value head                       memory     of draws, for late requests
+    checkpoint exact resume, export                 tiny       a random little model for tests
 
 Only here may torch be imported at module level; this very module does not, so that names resolve cheaply.
 """

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from agentlightning.errors import InvalidInput, NotFound
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -172,12 +172,13 @@ class EmbeddedEngine:
 
     def load(self, directory: Path) -> None:
         """See `engines.base.Engine.load`. Raises NotFound without a checkpoint, InvalidInput for one of
-        another model or adapter rank, or without one of the policies."""
+        another model or adapter rank, with a critic where this has none, or without one of the policies."""
         self._worker.run(lambda: self._load(directory))
 
     def _load(self, directory: Path) -> None:
         found = {name: checkpoint.load(directory, name) for name in self._policies}
-        for state, _, _ in found.values():
+        for policy, (state, _, optimizer) in found.items():
+            self._policies[policy].updater.check(optimizer)
             for name, mine in (("lora_rank", self.settings.lora_rank), ("model", self.settings.model)):
                 if getattr(state, name) != mine:
                     raise InvalidInput(

@@ -4,7 +4,7 @@
     chunk   = one forward and backward pass: the rows' tokens after the stem, merged into a tree
 
 Exact: each token sees the same tokens at the same positions as in a row of its own, so log-probabilities and
-gradients are those of separate rows up to rounding. A stem is computed once for all its chunks (`forward`
+gradients are those of separate rows up to rounding. A stem is computed once for all its chunks (`scoring`
 shows how its gradient is gathered). NumPy only.
 """
 

@@ -68,13 +68,15 @@ class EmbeddedSettings:
     epochs: int = 1
     """Passes of an update over its batch."""
     minibatches: int = 1
-    """Optimiser steps of one pass, each on a share of the batch's rows."""
+    """Optimiser steps of one pass, each on a share of the batch's rows. While an update of several steps runs
+    it keeps a copy of weights and optimiser, to go back to should one diverge."""
     importance_cap: float | None = None
     """Truncated importance sampling for rollouts that are some versions old: the loss is clipped around the
     policy at the start of the update and weighted by how much likelier that makes a token than the version
     that sampled it, at most by this (2, say). None clips around the version that sampled."""
     critic: bool = False
-    """Estimate advantages by GAE with a value head (PPO) instead of by comparing rollouts of a group."""
+    """Estimate advantages by GAE with a value head (PPO) instead of by comparing the rollouts of a group; one
+    rollout per task is then enough."""
     critic_learning_rate: float = 1e-3
     value_clip: float = 0.5
     gamma: float = 1.0
@@ -105,6 +107,9 @@ class EmbeddedSettings:
         for name in counts:
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InvalidInput(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.cache_tokens < self.context_length:
             raise InvalidInput(
                 f"cache_tokens ({self.cache_tokens}) must hold at least one request of context_length "

@@ -1,16 +1,17 @@
-"""One optimiser update from a batch: packed passes, gradient, clipping, AdamW.
+"""One update from a batch: packed passes, gradient, clipping, AdamW, in one optimiser step or several.
 
-The stem of a plan is computed once; its chunks run on detached copies of its keys and values, whose gradients
-add up and flow back through the stem at the end. That is the gradient of the whole, in memory of one chunk.
-Invariant: a loss or gradient that is not finite leaves weights and optimiser as they were.
+Invariant: an update happens whole or not at all. A loss or gradient that is not finite, in whichever of its
+steps, leaves weights and optimiser as they were before the first.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
+import contextlib
+import copy
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,121 +28,12 @@ from .critic import Critic, value_loss
 from .losses import Clip, importance_weights, kl_penalty, policy_loss
 from .packing import Chunk, Stem, packed_tokens, plan
 from .policy import PolicyWeights
+from .scoring import Scored, StemState, score, stem_state
 from .settings import EmbeddedSettings
 
 
 class TrainingDiverged(AgentLightningError):
     """A loss or gradient was not finite; the weights were left as they were."""
-
-
-class TreeView:
-    """Attention over a stem and a tree of tokens after it; see `attention.KeyValueView`.
-
-    With a stem to fill, it keeps what the layers compute; else it attends to what a filled stem kept.
-    """
-
-    def __init__(
-        self, visible: Tensor, stem: StemState | None = None, *, fill: StemState | None = None
-    ) -> None:
-        self._stem = stem
-        self._fill = fill
-        tokens = visible.shape[0]
-        width = stem.length if stem else 0
-        self._mask = torch.cat([visible.new_ones(tokens, width), visible], 1)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        if self._fill is not None:
-            self._fill.keep(key, value)
-        if self._stem is not None:
-            key = torch.cat([self._stem.keys[layer], key], 2)
-            value = torch.cat([self._stem.values[layer], value], 2)
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=self._mask, scale=scaling
-        )
-        return out.transpose(1, 2)
-
-
-@dataclass(slots=True)
-class StemState:
-    """Per layer the keys and values of a stem: as computed, and as leaves that chunks attend to."""
-
-    length: int
-    computed: list[Tensor] = field(default_factory=list[Tensor])
-    keys: list[Tensor] = field(default_factory=list[Tensor])
-    values: list[Tensor] = field(default_factory=list[Tensor])
-
-    def keep(self, key: Tensor, value: Tensor) -> None:
-        for tensor, leaves in ((key, self.keys), (value, self.values)):
-            self.computed.append(tensor)
-            leaves.append(tensor.detach().requires_grad_(tensor.requires_grad))
-
-    def backward(self) -> None:
-        """Send what the chunks' backward passes left on the leaves through the stem."""
-        leaves = [leaf for pair in zip(self.keys, self.values, strict=True) for leaf in pair]
-        pairs = [
-            (t, leaf.grad) for t, leaf in zip(self.computed, leaves, strict=True) if leaf.grad is not None
-        ]
-        torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
-
-
-def stem_state(model: Any, stem: Stem, device: torch.device) -> StemState | None:
-    """Run the stem through the model."""
-    if not len(stem.tokens):
-        return None
-    state = StemState(len(stem.tokens))
-    ids = torch.from_numpy(stem.tokens).to(device)[None]
-    positions = torch.arange(state.length, device=device)[None]
-    causal = torch.ones(state.length, state.length, dtype=torch.bool, device=device).tril()
-    view = TreeView(causal, fill=state)
-    model.base_model(input_ids=ids, position_ids=positions, kv_view=view, use_cache=False)
-    return state
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """What a pass says of a chunk's response tokens: log-probabilities [E], hidden states [E, H] if asked."""
-
-    logprobs: Tensor
-    hidden: Tensor | None
-
-
-def score(
-    model: Any,
-    chunk: Chunk,
-    stem: StemState | None,
-    temperatures: Tensor,
-    device: torch.device,
-    *,
-    hidden: bool = False,
-) -> Scored:
-    """Log-probability of each entry's token under softmax(logits / temperature).
-
-    Only places that predict a response token pay for the output matrix, once each.
-    """
-    sources, place = np.unique(chunk.sources, return_inverse=True)
-    kept = torch.from_numpy(sources).to(device)
-    passed = model(
-        input_ids=torch.from_numpy(chunk.tokens).to(device)[None],
-        position_ids=torch.from_numpy(chunk.positions).to(device)[None],
-        kv_view=TreeView(torch.from_numpy(chunk.visible).to(device), stem),
-        use_cache=False,
-        logits_to_keep=kept,
-        output_hidden_states=hidden,
-    )
-    logits = passed.logits[0]
-    targets = torch.from_numpy(chunk.targets).to(device)
-    places = torch.from_numpy(place).to(device)
-    logprobs = torch.zeros(len(targets), device=device)
-    for temperature in temperatures.unique().tolist():
-        mine = torch.nonzero(temperatures == temperature)[:, 0]
-        used, back = places[mine].unique(return_inverse=True)
-        scaled = (logits if len(used) == len(sources) else logits[used]).float()
-        scaled = scaled if temperature == 1 else scaled / temperature
-        values = scaled[back, targets[mine]] - scaled.logsumexp(-1)[back]
-        logprobs = logprobs.index_put((mine,), values)
-    return Scored(logprobs, passed.hidden_states[-1][0, kept][places] if hidden else None)
 
 
 @dataclass(slots=True)
@@ -192,11 +84,10 @@ class Updater:
         self._clip = Clip(settings.clip_low, settings.clip_high, settings.dual_clip)
         self.updates = 0
         self.critic: Critic | None = None
-        groups: list[dict[str, Any]] = [{"params": weights.parameters, "scale": 1.0}]
+        groups: list[dict[str, Any]] = [{"params": weights.parameters}]
         if settings.critic:
             self.critic = Critic(weights.model.config.hidden_size, weights.device)
-            scale = settings.critic_learning_rate / settings.learning_rate if settings.learning_rate else 1.0
-            groups.append({"params": list(self.critic.parameters()), "scale": scale})
+            groups.append({"params": list(self.critic.parameters())})
         self.optimizer = torch.optim.AdamW(
             groups,
             lr=settings.learning_rate,
@@ -211,11 +102,12 @@ class Updater:
         self._weights.activate()
         rows = self._rows_to_learn_from(batch)
         arrays = self._prepared(batch, rows)
+        parts = self._parts(rows)
         sums = _Sums()
         packed: list[Stem] = []
         norms: list[float] = []
-        try:
-            for part in self._parts(rows):
+        with self._whole_or_not_at_all(len(parts)):
+            for part in parts:
                 stems = plan(batch, part, self._settings.pack_tokens)
                 share = len(part) / len(rows)  # so that each step weighs as much as one on the whole batch
                 self.optimizer.zero_grad(set_to_none=True)
@@ -223,25 +115,47 @@ class Updater:
                     self._accumulate(stem, arrays, sums, 1 / share)
                 norms.append(self._step())
                 packed += stems
-        finally:
-            self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         self._weights.publish()
         return self._metrics(batch, rows, packed, sums, float(np.mean(norms)), time.perf_counter() - start)
 
-    def _parts(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:
+    @contextlib.contextmanager
+    def _whole_or_not_at_all(self, steps: int) -> Generator[None]:
+        """Take back the steps made before one that fails. A single step needs no copy to go back to."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        kept = [p.detach().clone() for p in parameters] if steps > 1 else []
+        optimizer = copy.deepcopy(self.optimizer.state_dict()) if steps > 1 else None
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, kept, strict=False):
+                    parameter.copy_(value)
+            if optimizer is not None:
+                self.optimizer.load_state_dict(optimizer)
+            raise
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _parts(self, rows: Sequence[int]) -> list[Sequence[int]]:
         """The rows of each optimiser step: every epoch in its own order, cut into minibatches."""
         count = min(self._settings.minibatches, len(rows))
         order = np.random.default_rng([self._settings.seed, self.updates])
+        parts: list[Sequence[int]] = []
         for _ in range(self._settings.epochs):
             mixed = [rows[i] for i in order.permutation(len(rows))] if count > 1 else list(rows)
-            yield from (mixed[i::count] for i in range(count))
+            parts += [mixed[i::count] for i in range(count)]
+        return parts
 
     def _rows_to_learn_from(self, batch: Batch) -> list[int]:
-        """Rows with a gradient: without a KL penalty or a critic those with an advantage."""
+        """Rows with a gradient: all with a critic, else those with an advantage.
+
+        A KL penalty gives the others one too, but by itself it is nothing to learn from.
+        """
         matters = batch.weights != 0
-        if not self._settings.kl_coefficient and self.critic is None:
-            matters = matters & (batch.advantages != 0)
+        earning = matters & (batch.advantages != 0)
+        if self.critic is None and not (self._settings.kl_coefficient and earning.any()):
+            matters = earning
         bounds = zip(batch.row_offsets, batch.row_offsets[1:], strict=False)
         rows = [i for i, (start, end) in enumerate(bounds) if matters[start:end].any()]
         if not rows:
@@ -363,8 +277,9 @@ class Updater:
                 f"the gradient of update {self.updates + 1} has norm {norm}: the weights were not changed; "
                 "lower learning_rate, or look for extreme advantages in the batch"
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * group["scale"]
+        rates = (self._settings.learning_rate, self._settings.critic_learning_rate)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
+            group["lr"] = rate * self._warmth
         self.optimizer.step()
         return norm
 
@@ -373,12 +288,15 @@ class Updater:
         critic = None if self.critic is None else self.critic.state_dict()
         return {"optimizer": self.optimizer.state_dict(), "critic": critic}
 
-    def restore(self, state: Mapping[str, Any], updates: int) -> None:
-        """Go on where a checkpoint was made. Raises InvalidInput when that was with a critic and this is
-        without one, or the other way round."""
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raises InvalidInput when a checkpoint was made with a critic and this is without one, or the other
+        way round."""
         if (state["critic"] is None) != (self.critic is None):
             had, has = ("no critic", "one") if self.critic is not None else ("a critic", "none")
             raise InvalidInput(f"the checkpoint has {had} and this engine {has}: set critic as it was")
+
+    def restore(self, state: Mapping[str, Any], updates: int) -> None:
+        """Go on where a checkpoint was made that `check` found to fit."""
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -387,8 +305,12 @@ class Updater:
     @property
     def learning_rate(self) -> float:
         """Of the next update."""
-        warmup = self._settings.warmup_updates
-        return self._settings.learning_rate * min(1.0, (self.updates + 1) / (warmup + 1))
+        return self._settings.learning_rate * self._warmth
+
+    @property
+    def _warmth(self) -> float:
+        """Share of the learning rates that the next update takes."""
+        return min(1.0, (self.updates + 1) / (self._settings.warmup_updates + 1))
 
     def _metrics(
         self,
@@ -404,14 +326,15 @@ class Updater:
         optional = ("kl_reference", "importance", "value_loss", "value")
         metrics |= {name: sums.mean(name) for name in optional if name in sums.values}
         lengths = np.diff(batch.row_offsets)
+        epochs = self._settings.epochs
         return metrics | {
-            "loss": sums.values["loss"],
+            "loss": sums.values["loss"] / epochs,
             "grad_norm": norm,
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
             "rows": float(len(rows)),
             "skipped_rows": float(batch.rows - len(rows)),
-            "response_tokens": float(sums.tokens),
+            "response_tokens": sums.tokens / epochs,
             "row_tokens": float(lengths[list(rows)].sum()),
-            "packed_tokens": float(packed_tokens(stems)),
+            "packed_tokens": packed_tokens(stems) / epochs,
             "seconds": seconds,
         }
