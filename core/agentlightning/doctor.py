@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from agentlightning.bridge import (
@@ -17,10 +17,10 @@ from agentlightning.bridge import (
     learnable_groups,
     make_batch,
 )
-from agentlightning.errors import AgentLightningError
+from agentlightning.errors import AgentLightningError, NothingToLearn
 from agentlightning.learning.air import apply_air
 from agentlightning.reading import read_episode
-from agentlightning.types import Attempt, Episode, Mode, Rollout, RolloutStatus, Span
+from agentlightning.types import Attempt, Batch, Episode, Mode, Rollout, RolloutStatus, Span
 
 
 class Level(StrEnum):
@@ -197,18 +197,34 @@ def _batch(episodes: Sequence[Episode], learning: LearningSettings) -> list[Find
     if not trainable:
         return []
     try:
-        batch = make_batch(trainable, learning)
+        batches = _batches(trainable, learning)
     except AgentLightningError as error:
         return [Finding(Level.ERROR, f"no batch can be made: {error}")]
-    merged = 1 - batch.rows / batch.transitions
-    findings = [
-        Finding(
-            Level.OK,
-            f"batch: {batch.transitions} transitions in {batch.rows} rows ({merged:.0%} merged), "
-            f"{batch.tokens} tokens instead of {batch.unmerged_tokens}",
-        )
-    ]
+    findings = [Finding(Level.OK, _described(batch, several=len(batches) > 1)) for batch in batches]
     return findings + _variance(trainable, learning)
+
+
+def _batches(episodes: Sequence[Episode], learning: LearningSettings) -> list[Batch]:
+    """A batch of each policy that was called and may train. Raises NothingToLearn when there is none."""
+    batches: list[Batch] = []
+    problems: list[NothingToLearn] = []
+    called = sorted({t.policy for e in episodes for t in e.transitions})
+    for policy in called or [learning.policy]:
+        try:
+            batches.append(make_batch(episodes, replace(learning, policy=policy)))
+        except NothingToLearn as problem:
+            problems.append(problem)
+    if not batches:
+        raise problems[0]
+    return batches
+
+
+def _described(batch: Batch, *, several: bool) -> str:
+    merged = 1 - batch.rows / batch.transitions
+    return (
+        f"batch{f' of policy {batch.policy}' if several else ''}: {batch.transitions} transitions in "
+        f"{batch.rows} rows ({merged:.0%} merged), {batch.tokens} tokens instead of {batch.unmerged_tokens}"
+    )
 
 
 def _variance(episodes: Sequence[Episode], learning: LearningSettings) -> list[Finding]:

@@ -11,6 +11,7 @@
     |-- Conflict                a worker reported on an attempt that is no longer its own
     |-- PermissionDenied        a key that is missing, wrong or of the wrong scope
     |-- Unavailable             busy or shutting down; try again after `retry_after_s`
+    |-- UpstreamError           another endpoint, that calls are passed on to, gave no answer
     |-- NothingToLearn          an empty batch, a selector without a match, rewards without variance
     `-- StoreError              the database cannot be used
 
@@ -71,6 +72,24 @@ class Unavailable(AgentLightningError):
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class UpstreamError(AgentLightningError):
+    """Another endpoint, that calls of a routed model name are passed on to, gave no answer."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 502,
+        code: str = "upstream_error",
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        """HTTP status for the caller: the endpoint's own where the request was at fault."""
+        self.code = code
         self.retry_after_s = retry_after_s
 
 

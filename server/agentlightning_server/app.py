@@ -10,7 +10,7 @@ import asyncio
 import logging
 import socket
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -45,8 +45,11 @@ def create_app(
     gateway: Sequence[BaseRoute] = (),
     settings: Settings,
     open_paths: frozenset[str] = frozenset(),
+    on_stop: Callable[[], Awaitable[None]] | None = None,
 ) -> Starlette:
     """The application. `gateway` are more routes, guarded like ours unless their path is in `open_paths`.
+
+    `on_stop` closes what they hold, on the server's own event loop, after the last request.
 
     `settings` without an admin key get one as `Settings.with_admin_key` says. The store stays the caller's
     to close. `app.state` has `settings` and `polling`.
@@ -62,6 +65,8 @@ def create_app(
             yield
         finally:
             expiring.cancel()
+            if on_stop is not None:
+                await on_stop()
 
     app = Starlette(
         routes=[*store_routes(store, settings, polling), *gateway],

@@ -79,6 +79,8 @@ def _classify(error: Exception, busy_status: int) -> tuple[int, str, dict[str, s
         if error.authenticated:
             return 403, "permission_denied", {}
         return 401, "invalid_api_key", {"WWW-Authenticate": "Bearer"}
+    if isinstance(error, errors.UpstreamError):
+        return error.status, error.code, _retry_after(error)
     for kind, status, code in _KNOWN:
         if isinstance(error, kind):
             return (busy_status if kind is errors.Unavailable else status), code, _retry_after(error)
@@ -86,7 +88,7 @@ def _classify(error: Exception, busy_status: int) -> tuple[int, str, dict[str, s
 
 
 def _retry_after(error: Exception) -> dict[str, str]:
-    if isinstance(error, errors.Unavailable):
+    if isinstance(error, errors.Unavailable | errors.UpstreamError) and error.retry_after_s is not None:
         return {
             "Retry-After": str(max(1, math.ceil(error.retry_after_s))),
             "Retry-After-Ms": str(math.ceil(1000 * error.retry_after_s)),  # the OpenAI SDK prefers it

@@ -38,6 +38,8 @@ class Settings:
     """"full" survives power loss; "normal" only a killed process, and is up to twice as fast."""
     model: str = "policy"
     """Name of the policy that workers are told to ask the gateway for."""
+    upstreams: Path | None = None
+    """TOML or JSON file of the models that other endpoints answer; see `gateway.upstreams`."""
     max_body_mib: int = 20
     """Largest request body, compressed and inflated alike; the OpenTelemetry Collector's default."""
 
@@ -94,7 +96,7 @@ def _parse(variable: str, field: str, text: str) -> object:
             raise InvalidInput(f"{variable}={text!r} is not a whole number") from None
     if field == "durability" and text not in ("full", "normal"):
         raise InvalidInput(f"{variable}={text!r} must be 'full' or 'normal'")
-    return Path(text) if field == "database" else text
+    return Path(text) if field in ("database", "upstreams") else text
 
 
 def _key_on_disk(path: Path) -> str:

@@ -13,7 +13,7 @@ import pytest
 from tests.support.waiting import wait_until
 
 from agentlightning.errors import Unavailable
-from agentlightning_server.cli.commands import run_id_of
+from agentlightning_server.cli.training import run_id_of
 from agentlightning_server.engines.embedded.tiny import make_tiny_model
 from agentlightning_server.store.queue import check_id
 from agentlightning_server.training.local import only_server_of

@@ -188,7 +188,7 @@ def test_an_over_long_prompt_names_its_size(server: LocalServer) -> None:
         ({"model": "policy", "messages": HELLO, "stop": [""]}, "'stop' must be"),
         ({"model": "policy", "messages": HELLO, "logit_bias": {"1": 5}}, "'logit_bias' is not supported"),
         (
-            {"model": "policy", "messages": HELLO, "response_format": {"type": "json_object"}},
+            {"model": "policy", "messages": HELLO, "response_format": {"type": "xml"}},
             "'response_format'",
         ),
     ],
@@ -220,7 +220,7 @@ def test_a_client_that_leaves_ends_its_generation(server: LocalServer) -> None:
             base_url=f"{server.url}/rollouts/gone/attempts/gone-1/v1", api_key=server.key, max_retries=0
         ) as client:
             asking = asyncio.create_task(
-                client.chat.completions.create(model="policy", messages=HELLO, max_tokens=900)
+                client.chat.completions.create(model="policy", messages=HELLO, max_tokens=900, n=32)
             )
             await asyncio.sleep(0.3)
             asking.cancel()

@@ -8,6 +8,7 @@ from typing import Any
 from tests.support.spans import gateway_call
 from tests.support.waiting import wait_until
 
+from agentlightning import semconv
 from agentlightning.types import Batch, Reward, live_attempt_id, live_rollout_id
 from agentlightning_server.store import Store
 from agentlightning_server.training.live import LiveSettings, LiveTrainer
@@ -35,10 +36,13 @@ class FailsOnce:
         assert directory.is_dir()
 
 
-def rewarded(store: Store, number: int) -> None:
+def rewarded(store: Store, number: int, *policies: tuple[str, int]) -> None:
+    """A live rollout with a reward, in which these policies, at these versions, were called once each."""
     trace_id = f"{number + 1:032x}"
     ids: dict[str, Any] = {"rollout_id": live_rollout_id(trace_id), "attempt_id": live_attempt_id(trace_id)}
-    store.add_spans([gateway_call(1, [1, 2], [3, 4], trace_id=trace_id, **ids)])
+    for at, (name, version) in enumerate(policies or [("policy", 3)]):
+        asked = {semconv.POLICY_NAME: name, semconv.POLICY_VERSION: version}
+        store.add_spans([gateway_call(1 + at, [1, 2], [3, 4], extra=asked, trace_id=trace_id, **ids)])
     store.add_reward(live_rollout_id(trace_id), Reward(float(number % 2)))
 
 
@@ -93,3 +97,38 @@ def test_what_came_after_the_last_checkpoint_is_learned_again_after_a_kill(tmp_p
             rewarded(store, number)
         assert LiveTrainer(engine, store, settings).step() is not None
         assert LiveTrainer(engine, store, settings).step() is not None, "the update died with the process"
+
+
+class TwoPolicies(FailsOnce):
+    """An engine with policies of different ages, which notes what they learn from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.versions = {"writer": 3, "rewriter": 9, "checker": 0}
+        self.learned: list[tuple[str, int]] = []
+
+    def version(self, policy: str) -> int:
+        return self.versions[policy]
+
+    def update(self, batch: Batch) -> Mapping[str, float]:
+        self.learned.append((batch.policy, batch.transitions))
+        self.versions[batch.policy] += 1
+        return {"loss": 0.5, "seconds": 2.0}
+
+
+def test_several_policies_learn_each_from_its_own_calls_while_these_are_fresh(tmp_path: Path) -> None:
+    engine: Any = TwoPolicies()
+    settings = LiveSettings(tmp_path, batch_size=2, max_lag=4, policies=("writer", "rewriter"))
+    with Store(tmp_path / "store.db") as store:
+        rewarded(store, 0, ("writer", 3), ("rewriter", 4))  # five updates old
+        rewarded(store, 1, ("checker", 0))  # does not learn
+        rewarded(store, 2, ("writer", 3), ("checker", 0), ("rewriter", 9))
+        trainer = LiveTrainer(engine, store, settings)
+        assert trainer.step() is None, "one is left, too few"
+        rewarded(store, 3, ("writer", 0))
+        record = trainer.step()
+    assert engine.learned == [("writer", 2), ("rewriter", 1)]
+    assert record is not None
+    assert (record.version, record.versions) == (4, {"writer": 4, "rewriter": 10})
+    assert record.update_s == 4.0
+    assert set(record.update) == {"writer/loss", "writer/seconds", "rewriter/loss", "rewriter/seconds"}

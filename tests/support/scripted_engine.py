@@ -53,10 +53,14 @@ class ScriptedEngine:
             raise said
         if said is STALL:
             await self._stall()
-        tokens = [*self._inner.tokenizer.encode(said, add_special_tokens=False), min(self._inner.eos_ids)]
+        tokens = [*self.encode(said), min(self._inner.eos_ids)]
         logprobs = [-0.5 - i / 8 for i in range(len(tokens))]
         self.sampled[policy].append((list(prompt_ids), tokens, logprobs))
         return Completion(tokens, logprobs, "stop", 0)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens in which a line is said."""
+        return self._inner.tokenizer.encode(text, add_special_tokens=False)
 
     async def _stall(self) -> None:
         self.stalled.set()

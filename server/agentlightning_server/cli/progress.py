@@ -26,6 +26,13 @@ PHASES: dict[Phase, str] = {
 }
 
 
+def versions_of(record: StepRecord | EvalRecord) -> str:
+    """The policy's version after a step; of several policies each, by name."""
+    if len(record.versions) < 2:
+        return str(record.version)
+    return ", ".join(f"{name} {version}" for name, version in record.versions.items())
+
+
 class ProgressReporter:
     """Shows where a run is, with reward, tokens per second and time left. Writes to standard error."""
 
@@ -76,7 +83,8 @@ class ProgressReporter:
         self._console.print(
             f"step {record.step + 1:>3}/{self._steps}  reward {record.reward:.3f}  "
             f"return {record.mean_return:.3f}  tool calls {record.tool_calls:.2f}  "
-            f"mixed groups {record.mixed_groups}/{record.groups}  {speed:.0f} tok/s  "
+            f"mixed groups {record.mixed_groups}/{record.groups}  version {versions_of(record)}  "
+            f"{speed:.0f} tok/s  "
             f"rollouts {record.rollout_s:.1f} s  update {record.update_s:.1f} s  "
             f"left {self._left(record.step + 1)}",
             highlight=False,
@@ -86,7 +94,7 @@ class ProgressReporter:
 
     def evaluated(self, record: EvalRecord) -> None:
         self._console.print(
-            f"held out, policy version {record.version}: "
+            f"held out, policy version {versions_of(record)}: "
             f"reward {record.reward:.3f} ± {1.96 * record.stderr:.3f}  "
             f"return {record.mean_return:.3f} ± {1.96 * record.return_stderr:.3f}  "
             f"tool calls {record.tool_calls:.2f}  ({record.held_out} tasks, {record.seconds:.0f} s)",

@@ -2,5 +2,6 @@
 
 from agentlightning_server.gateway.routes import gateway_routes
 from agentlightning_server.gateway.service import Gateway, GatewaySettings
+from agentlightning_server.gateway.upstreams import Upstream, Upstreams, load_upstreams
 
-__all__ = ["Gateway", "GatewaySettings", "gateway_routes"]
+__all__ = ["Gateway", "GatewaySettings", "Upstream", "Upstreams", "gateway_routes", "load_upstreams"]

@@ -59,8 +59,11 @@ class _Call:
 class PromptBuilder:
     """Renders prompts for one tokenizer and remembers what was sampled, per attempt. Thread-safe."""
 
-    def __init__(self, tokenizer: ChatTokenizer, eos_ids: frozenset[int]) -> None:
+    def __init__(
+        self, tokenizer: ChatTokenizer, eos_ids: frozenset[int], *, continue_calls: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
+        self._continue_calls = continue_calls
         self._eos_ids = eos_ids | {tokenizer.eos_token_id}
         self._native_tools = renders_tools(tokenizer.chat_template)
         self.tool_format = detect_format(tokenizer.chat_template)
@@ -124,6 +127,8 @@ class PromptBuilder:
         self, messages: Sequence[Message], tools: Sequence[JsonObject], attempt_id: str
     ) -> _Call | None:
         """The longest recorded call whose messages and answer start this request."""
+        if not self._continue_calls:
+            return None
         with self._lock:
             calls = list(self._calls.get(attempt_id, ()))
         if not calls:

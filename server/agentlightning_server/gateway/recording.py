@@ -1,19 +1,25 @@
-"""The gateway's span: the truth of what was sampled, one for each answer, stored before the agent sees it."""
+"""The gateway's span: the truth of what was answered, one for each answer, stored before the agent sees it.
+
+An answer of a policy has its token ids, log-probabilities and policy version. One that another endpoint gave
+has none of them, and no policy's name: it is context in its episode and never trained on.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, cast
 
 from agentlightning import semconv
 from agentlightning.messages import messages_to_json, output_to_json
 from agentlightning.reading.attributes import pack_logprobs, pack_token_ids
 from agentlightning.types import (
+    Attributes,
     AttributeValue,
+    Message,
     Span,
     SpanKind,
     SpanStatus,
@@ -63,7 +69,7 @@ def answer_span(
 ) -> Span:
     """The span of one sampled answer, token ids and logprobs included."""
     completion = choice.completion
-    attributes = _request_attributes(request) | {
+    attributes = request_attributes(request) | {
         semconv.OUTPUT_MESSAGES: output_to_json(choice.message, choice.finish_reason),
         semconv.RESPONSE_ID: served.response_id,
         semconv.RESPONSE_MODEL: served.policy,
@@ -80,19 +86,70 @@ def answer_span(
     }
     if served.malformed is not None:
         attributes[semconv.MALFORMED_TOOL_CALL] = served.malformed
-    return _span(caller, request, attributes, start_ns, end_ns, SpanStatus.UNSET, "")
+    return _span(caller, attributes, start_ns, end_ns, SpanStatus.UNSET, "")
+
+
+def forwarded_span(
+    caller: Caller, attributes: Attributes, body: Mapping[str, Any], position: int, start_ns: int, end_ns: int
+) -> Span:
+    """The span of one answer that another endpoint gave: the choice at this position of its `body`."""
+    choice = body["choices"][position]
+    reason = choice.get("finish_reason")
+    usage: Any = (body.get("usage") if position == 0 else None) or {}  # it counts all choices together
+    answered: dict[str, AttributeValue] = {
+        semconv.OUTPUT_MESSAGES: output_to_json(choice["message"], reason),
+        semconv.RESPONSE_ID: body["id"],
+        semconv.RESPONSE_MODEL: body.get("model"),
+        semconv.RESPONSE_FINISH_REASONS: [reason] if reason else None,
+        semconv.USAGE_INPUT: usage.get("prompt_tokens"),
+        semconv.USAGE_OUTPUT: usage.get("completion_tokens"),
+        semconv.CHOICE_INDEX: choice["index"],
+    }
+    known = {name: value for name, value in answered.items() if value is not None}
+    return _span(caller, {**attributes, **known}, start_ns, end_ns, SpanStatus.UNSET, "")
 
 
 def failure_span(
-    caller: Caller, request: ChatRequest, error: BaseException, start_ns: int, end_ns: int
+    caller: Caller, attributes: Attributes, error: BaseException, start_ns: int, end_ns: int
 ) -> Span:
-    """The span of a request that got no answer."""
-    attributes = _request_attributes(request) | {semconv.ERROR_TYPE: type(error).__name__}
+    """The span of a request that got no answer; `attributes` are those of the request."""
     message = str(error) or type(error).__name__
-    return _span(caller, request, attributes, start_ns, end_ns, SpanStatus.ERROR, message)
+    failed = {**attributes, semconv.ERROR_TYPE: type(error).__name__}
+    return _span(caller, failed, start_ns, end_ns, SpanStatus.ERROR, message)
 
 
-def _request_attributes(request: ChatRequest) -> dict[str, AttributeValue]:
+_PASSED_ON: Final[Mapping[str, str]] = {
+    "temperature": semconv.REQUEST_TEMPERATURE,
+    "top_p": semconv.REQUEST_TOP_P,
+    "seed": semconv.REQUEST_SEED,
+    "n": semconv.REQUEST_CHOICES,
+    "max_tokens": semconv.REQUEST_MAX_TOKENS,
+    "max_completion_tokens": semconv.REQUEST_MAX_TOKENS,
+}
+
+
+def forwarded_attributes(fields: Mapping[str, Any]) -> dict[str, AttributeValue]:
+    """What a request says that is passed on as it is, whatever of it can be read."""
+    given: Any = fields.get("messages")
+    items = cast("list[Any]", given) if isinstance(given, list) else []
+    messages = [cast("Message", item) for item in items if isinstance(item, Mapping)]
+    attributes: dict[str, AttributeValue] = {
+        semconv.OPERATION: semconv.OP_CHAT,
+        semconv.PROVIDER: "openai",  # the conventions' name for endpoints that speak its API
+        semconv.REQUEST_MODEL: fields["model"],
+        semconv.REQUEST_STREAM: fields.get("stream") is True,
+        semconv.INPUT_MESSAGES: messages_to_json(messages),
+    }
+    for field, name in _PASSED_ON.items():
+        if isinstance(fields.get(field), int | float):
+            attributes[name] = fields[field]
+    if isinstance(fields.get("tools"), list) and fields["tools"]:
+        attributes[semconv.TOOL_DEFINITIONS] = json.dumps(fields["tools"], ensure_ascii=False)
+    return attributes
+
+
+def request_attributes(request: ChatRequest) -> dict[str, AttributeValue]:
+    """What a request of a policy says."""
     attributes: dict[str, AttributeValue] = {
         semconv.OPERATION: semconv.OP_CHAT,
         semconv.PROVIDER: "agentlightning",
@@ -116,8 +173,7 @@ def _request_attributes(request: ChatRequest) -> dict[str, AttributeValue]:
 
 def _span(
     caller: Caller,
-    request: ChatRequest,
-    attributes: dict[str, AttributeValue],
+    attributes: Attributes,
     start_ns: int,
     end_ns: int,
     status: SpanStatus,
@@ -127,7 +183,7 @@ def _span(
         trace_id=caller.trace_id,
         span_id=os.urandom(8).hex(),
         parent_id=caller.parent_id,
-        name=f"chat {request.model}",
+        name=f"chat {attributes[semconv.REQUEST_MODEL]}",
         kind=SpanKind.SERVER,
         start_ns=start_ns,
         end_ns=end_ns,

@@ -41,7 +41,6 @@ class ChatRequest:
     seed: int | None = None
     n: int = 1
     stream: bool = False
-    include_usage: bool = False
     logprobs: bool = False
     top_logprobs: int = 0
     return_token_ids: bool = False
@@ -61,7 +60,6 @@ def parse_chat_request(body: object) -> ChatRequest:
     for name, neutral in REFUSED.items():
         if fields.get(name) not in (None, neutral, {}, []):
             raise InvalidInput(f"'{name}' is not supported by this server; leave it out")
-    options = fields.get("stream_options")
     temperature = _number(fields, "temperature", 1.0, low=0, high=2)
     limit = fields.get("max_completion_tokens")
     limit = fields.get("max_tokens") if limit is None else limit
@@ -77,7 +75,6 @@ def parse_chat_request(body: object) -> ChatRequest:
         seed=None if fields.get("seed") is None else _whole(fields, "seed", low=-(2**63), high=2**64),
         n=1 if fields.get("n") is None else _whole(fields, "n", low=1, high=MAX_CHOICES),
         stream=fields.get("stream") is True,
-        include_usage=isinstance(options, Mapping) and cast("Any", options).get("include_usage") is True,
         logprobs=fields.get("logprobs") is True,
         top_logprobs=0 if not fields.get("top_logprobs") else _whole(fields, "top_logprobs", low=0, high=20),
         return_token_ids=fields.get("return_token_ids") is True,
@@ -85,6 +82,12 @@ def parse_chat_request(body: object) -> ChatRequest:
         must_call=_must_call(fields.get("tool_choice"), tools),
         parallel_tool_calls=fields.get("parallel_tool_calls") is not False,
     )
+
+
+def includes_usage(fields: Mapping[str, Any]) -> bool:
+    """Whether a stream shall end with the number of tokens."""
+    options = fields.get("stream_options")
+    return isinstance(options, Mapping) and cast("Any", options).get("include_usage") is True
 
 
 def _model(fields: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Completions -> OpenAI's response bodies, whole or as a stream of server-sent events.
 
-A stream is cut from the finished, recorded completion, so that streaming or not stores the very same ids.
+A stream is cut from the finished, recorded body, our own or another endpoint's, so that streaming or not
+stores the very same answer.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from agentlightning_server.gateway.prompts import PromptBuilder
 from agentlightning_server.gateway.requests import ChatRequest
 
 CHUNK_CHARACTERS = 16  # of content in one server-sent event
+_WHOLE_ONLY = frozenset({"choices", "usage", "prompt_token_ids"})  # keys of a body that chunks do not repeat
+_PART_KEYS = frozenset({"index", "message", "logprobs", "finish_reason"})
+_DELTA_KEYS = frozenset({"role", "content", "tool_calls"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,11 @@ class Answer:
 def chat_completion(request: ChatRequest, answer: Answer, prompts: PromptBuilder) -> dict[str, Any]:
     """The body of a `chat.completion`."""
     body: dict[str, Any] = {
-        **_head(answer, "chat.completion"),
+        "id": answer.response_id,
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": answer.model,
+        "system_fingerprint": answer.fingerprint,
         "choices": [
             {
                 "index": choice.index,
@@ -70,26 +78,29 @@ def chat_completion(request: ChatRequest, answer: Answer, prompts: PromptBuilder
     return body
 
 
-def events(request: ChatRequest, answer: Answer, prompts: PromptBuilder) -> Iterator[bytes]:
-    """The server-sent events of a streamed chat completion, the closing `[DONE]` included."""
-    head = _head(answer, "chat.completion.chunk")
-    for choice in answer.choices:
-        logprobs = _logprobs(choice.completion, prompts, request)
-        for delta in _deltas(choice.message):
-            yield _event({**head, "choices": [_part(choice.index, delta, logprobs)]})
+def events(body: Mapping[str, Any], *, include_usage: bool) -> Iterator[bytes]:
+    """The server-sent events that stream a whole `chat.completion`, the closing `[DONE]` included."""
+    kept = {key: value for key, value in body.items() if key not in _WHOLE_ONLY}
+    head = {**kept, "object": "chat.completion.chunk"}
+    for choice in body["choices"]:
+        message, logprobs = choice["message"], choice.get("logprobs")
+        for delta in _deltas(message):
+            yield _event({**head, "choices": [_part(choice["index"], delta, logprobs)]})
             logprobs = None
-        last = _part(choice.index, {}, None, choice.finish_reason)
-        if request.return_token_ids:
-            last["token_ids"] = list(choice.completion.token_ids)
-        yield _event({**head, "choices": [last]})
-    if request.include_usage:
-        yield _event({**head, "choices": [], "usage": _usage(answer)})
+        more = {key: value for key, value in choice.items() if key not in _PART_KEYS}
+        last = _part(choice["index"], {}, None, choice.get("finish_reason"))
+        yield _event({**head, "choices": [{**last, **more}]})
+    if include_usage:
+        yield _event({**head, "choices": [], "usage": body.get("usage")})
     yield b"data: [DONE]\n\n"
 
 
 def _deltas(message: Message) -> Iterator[dict[str, Any]]:
     content = message.get("content")
     yield {"role": "assistant", "content": "" if content is not None else None}
+    for key, value in message.items():  # what reasoning models add, say
+        if key not in _DELTA_KEYS and value:
+            yield {key: value}
     if isinstance(content, str):
         for start in range(0, len(content), CHUNK_CHARACTERS):
             yield {"content": content[start : start + CHUNK_CHARACTERS]}
@@ -106,16 +117,6 @@ def _part(
 
 def _event(body: Mapping[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(body) + b"\n\n"
-
-
-def _head(answer: Answer, kind: str) -> dict[str, Any]:
-    return {
-        "id": answer.response_id,
-        "object": kind,
-        "created": int(time.time()),
-        "model": answer.model,
-        "system_fingerprint": answer.fingerprint,
-    }
 
 
 def _usage(answer: Answer) -> dict[str, int]:

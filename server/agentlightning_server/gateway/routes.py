@@ -1,10 +1,13 @@
-"""HTTP routes of the gateway: OpenAI's chat completions and models, plain or under a rollout's own path."""
+"""HTTP routes of the gateway: OpenAI's chat completions and models, plain or under a rollout's own path.
+
+A request for a routed model name is passed on unread: what an upstream takes is for the upstream to say.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import orjson
 from starlette.requests import Request
@@ -13,13 +16,15 @@ from starlette.routing import Route
 
 from agentlightning import semconv
 from agentlightning.errors import InvalidInput, Unavailable
+from agentlightning.types import JsonObject
 from agentlightning_server.auth import Principal, guard_attempt, principal
 from agentlightning_server.gateway.recording import Caller
-from agentlightning_server.gateway.requests import ChatRequest, parse_chat_request
-from agentlightning_server.gateway.responses import Answer, chat_completion, events
+from agentlightning_server.gateway.requests import includes_usage, parse_chat_request
+from agentlightning_server.gateway.responses import chat_completion, events
 from agentlightning_server.gateway.service import Gateway
 from agentlightning_server.http_errors import BUSY_MODEL, error_response, json_response
 
+T = TypeVar("T")
 ATTEMPT_PREFIX = "/rollouts/{rollout}/attempts/{attempt}"
 
 
@@ -27,23 +32,29 @@ def gateway_routes(gateway: Gateway) -> list[Route]:
     """Routes to mount in the server's app."""
 
     async def chat(request: Request) -> Response:
-        asked = parse_chat_request(_decoded(await request.body()))
+        fields = _decoded(await request.body())
         caller = _caller(request, principal(request))
+        routed = fields.get("model") in gateway.upstreams
+        answering = gateway.forward(fields, caller) if routed else _sampled(gateway, fields, caller)
         try:
-            answer = await _unless_gone(request, gateway.complete(asked, caller))
+            body = await _unless_gone(request, answering)
         except Unavailable as error:  # 429: the OpenAI SDK waits as Retry-After says and asks again
             return error_response(error, busy_status=BUSY_MODEL)
-        if answer is None:
+        if body is None:
             return Response(status_code=499)  # nobody is there to read it
-        return _respond(asked, answer, gateway)
+        return _respond(fields, body)
 
     async def models(_: Request) -> Response:
-        data = [_model(name, version) for name, version in gateway.models]
+        data = [_model(name, policy_version=version) for name, version in gateway.models]
+        data += [_model(name) for name in gateway.upstreams.models]
         return json_response({"object": "list", "data": data})
 
     async def model(request: Request) -> Response:
-        policy = gateway.policy_of(request.path_params["model"])
-        return json_response(_model(policy, dict(gateway.models)[policy]))
+        name: str = request.path_params["model"]
+        if name in gateway.upstreams:
+            return json_response(_model(name))
+        policy = gateway.policy_of(name)
+        return json_response(_model(policy, policy_version=dict(gateway.models)[policy]))
 
     routes: list[Route] = []
     for prefix in ("", ATTEMPT_PREFIX):
@@ -53,11 +64,20 @@ def gateway_routes(gateway: Gateway) -> list[Route]:
     return routes
 
 
-def _decoded(body: bytes) -> object:
+async def _sampled(gateway: Gateway, fields: JsonObject, caller: Caller) -> dict[str, Any]:
+    """The body of the engine's answer."""
+    asked = parse_chat_request(fields)
+    return chat_completion(asked, await gateway.complete(asked, caller), gateway.prompts)
+
+
+def _decoded(body: bytes) -> JsonObject:
     try:
-        return orjson.loads(body)
+        fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise InvalidInput(f"the request body is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise InvalidInput("the request body must be a JSON object")
+    return cast("JsonObject", fields)
 
 
 def _caller(request: Request, who: Principal) -> Caller:
@@ -70,7 +90,7 @@ def _caller(request: Request, who: Principal) -> Caller:
     return Caller.of(traceparent, rollout, attempt)
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer | None:
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
     """The result of `work`; None, with the work cancelled, when the client disconnects first."""
     answering = asyncio.create_task(work)
     watching = asyncio.create_task(_disconnected(request))
@@ -92,21 +112,15 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _respond(asked: ChatRequest, answer: Answer, gateway: Gateway) -> Response:
-    headers = {"x-request-id": answer.response_id}
-    if asked.stream:
-        body = events(asked, answer, gateway.prompts)
-        return StreamingResponse(body, media_type="text/event-stream", headers=headers)
-    response = json_response(chat_completion(asked, answer, gateway.prompts))
+def _respond(fields: JsonObject, body: dict[str, Any]) -> Response:
+    headers = {"x-request-id": str(body["id"])}
+    if fields.get("stream") is True:
+        chunks = events(body, include_usage=includes_usage(fields))
+        return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
+    response = json_response(body)
     response.headers.update(headers)
     return response
 
 
-def _model(name: str, version: int) -> dict[str, object]:
-    return {
-        "id": name,
-        "object": "model",
-        "created": 0,
-        "owned_by": "agentlightning",
-        "policy_version": version,
-    }
+def _model(name: str, **more: object) -> dict[str, object]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "agentlightning", **more}

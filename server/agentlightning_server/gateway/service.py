@@ -1,27 +1,39 @@
 """The gateway: a chat completion request in, sampled and recorded answers out.
 
-It knows messages, prompts and spans; it knows neither HTTP nor how the engine computes. Invariant: an answer
-is returned only after its span is stored, so whatever an agent acted on can be trained on.
+A routed model name is answered by its upstream instead of the engine, and recorded all the same. The gateway
+knows messages, prompts and spans; it knows neither HTTP nor how the engine computes. Invariant: an answer is
+returned only after its span is stored, so whatever an agent acted on can be trained on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 from uuid import uuid4
 
-from agentlightning.errors import ModelNotFound, PromptTooLong
-from agentlightning.types import Span
+from agentlightning.errors import InvalidInput, ModelNotFound, PromptTooLong
+from agentlightning.types import Attributes, JsonObject, Span
 from agentlightning_server.engines.base import Completion, Engine, Sampling
 from agentlightning_server.gateway.grammars import grammar_of
 from agentlightning_server.gateway.prompts import Prompt, PromptBuilder
-from agentlightning_server.gateway.recording import Caller, Served, answer_span, failure_span
+from agentlightning_server.gateway.recording import (
+    Caller,
+    Served,
+    answer_span,
+    failure_span,
+    forwarded_attributes,
+    forwarded_span,
+    request_attributes,
+)
 from agentlightning_server.gateway.requests import ChatRequest
 from agentlightning_server.gateway.responses import Answer, Choice
 from agentlightning_server.gateway.toolcalls import Parsed, assistant_message
+from agentlightning_server.gateway.upstreams import Upstreams
 
+T = TypeVar("T")
 RecordSpans = Callable[[Sequence[Span]], Awaitable[object]]
 
 
@@ -31,16 +43,32 @@ class GatewaySettings:
 
     default_max_tokens: int = 512
     """Response tokens where the request names no limit (an agent without one would fill the context)."""
+    continue_calls: bool = True
+    """Build a prompt that extends an earlier call from its recorded ids. Off, every prompt is rendered anew,
+    as other gateways do it; that is for measuring the difference."""
 
 
 class Gateway:
-    """Serves an engine's policies to agents and records what was sampled."""
+    """Serves an engine's policies to agents, and what upstreams answer, and records it."""
 
-    def __init__(self, engine: Engine, record: RecordSpans, settings: GatewaySettings | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        record: RecordSpans,
+        settings: GatewaySettings | None = None,
+        upstreams: Upstreams | None = None,
+    ) -> None:
+        """Raises InvalidInput for an upstream under the name of a policy."""
         self._engine = engine
         self._record = record
         self._settings = settings or GatewaySettings()
-        self.prompts = PromptBuilder(engine.tokenizer, engine.eos_ids)
+        self.upstreams = upstreams or Upstreams()
+        self.prompts = PromptBuilder(
+            engine.tokenizer, engine.eos_ids, continue_calls=self._settings.continue_calls
+        )
+        for name in self.upstreams.models:
+            if self._policy(name) is not None:
+                raise InvalidInput(f"the upstream '{name}' has the name of a policy: give it another one")
 
     @property
     def models(self) -> list[tuple[str, int]]:
@@ -49,13 +77,19 @@ class Gateway:
 
     def policy_of(self, model: str) -> str:
         """The policy a model name asks for: its own name, or the base model's for the default policy."""
+        policy = self._policy(model)
+        if policy is None:
+            served = ", ".join([*self._engine.policies, *self.upstreams.models])
+            raise ModelNotFound(
+                f"the model '{model:.200}' does not exist on this server, which serves: {served}"
+            )
+        return policy
+
+    def _policy(self, model: str) -> str | None:
         if model in self._engine.policies:
             return model
         base = self._engine.base_model
-        if model in (base, base.rsplit("/", 1)[-1]):
-            return self._engine.policies[0]
-        served = ", ".join(self._engine.policies)
-        raise ModelNotFound(f"the model '{model:.200}' does not exist on this server, which serves: {served}")
+        return self._engine.policies[0] if model in (base, base.rsplit("/", 1)[-1]) else None
 
     async def complete(self, request: ChatRequest, caller: Caller) -> Answer:
         """Sample, record, answer. A failed or cancelled request leaves a span with its error.
@@ -63,15 +97,44 @@ class Gateway:
         Raises ModelNotFound, PromptTooLong, InvalidInput, Unavailable.
         """
         start_ns = time.time_ns()
+        work = self._complete(request, caller, start_ns)
+        return await self._noting_failure(work, caller, lambda: request_attributes(request), start_ns)
+
+    async def forward(self, fields: JsonObject, caller: Caller) -> dict[str, Any]:
+        """Have a routed model's upstream answer a request's body, record, and return the answer's body.
+
+        Raises UpstreamError; a failed or cancelled request leaves a span with its error.
+        """
+        start_ns = time.time_ns()
+        attributes = forwarded_attributes(fields)
+        work = self._forward(fields, caller, attributes, start_ns)
+        return await self._noting_failure(work, caller, lambda: attributes, start_ns)
+
+    async def _noting_failure(
+        self,
+        work: Coroutine[Any, Any, T],
+        caller: Caller,
+        attributes: Callable[[], Attributes],
+        start_ns: int,
+    ) -> T:
         try:
-            return await self._complete(request, caller, start_ns)
+            return await work
         except asyncio.CancelledError:
             gone = ConnectionError("the client disconnected before the answer was complete")
-            await self._record([failure_span(caller, request, gone, start_ns, time.time_ns())])
+            await self._record([failure_span(caller, attributes(), gone, start_ns, time.time_ns())])
             raise
         except Exception as error:
-            await self._record([failure_span(caller, request, error, start_ns, time.time_ns())])
+            await self._record([failure_span(caller, attributes(), error, start_ns, time.time_ns())])
             raise
+
+    async def _forward(
+        self, fields: JsonObject, caller: Caller, attributes: Attributes, start_ns: int
+    ) -> dict[str, Any]:
+        body = await self.upstreams.complete(fields)
+        end_ns = time.time_ns()
+        positions = range(len(body["choices"]))
+        await self._record([forwarded_span(caller, attributes, body, i, start_ns, end_ns) for i in positions])
+        return body
 
     async def _complete(self, request: ChatRequest, caller: Caller, start_ns: int) -> Answer:
         policy = self.policy_of(request.model)
