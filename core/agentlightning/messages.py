@@ -9,25 +9,31 @@ conventions have no place for travels in keys of our own ("content_form", "extra
 of a tool call stay the text that the model wrote, which need not parse.
 """
 
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final, cast
+from typing import Any, Final, cast
 
 from agentlightning.types import Json, JsonObject, Message
 
+_string: Final = json.encoder.encode_basestring
 _dump: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str).encode
 _PLACED: Final = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"})
 
 
 def messages_to_json(messages: Iterable[Message]) -> str:
     """The value of `gen_ai.input.messages`."""
-    return _dump([to_parts(message) for message in messages])
+    return f"[{','.join([_plain_json(message) or _dump(to_parts(message)) for message in messages])}]"
 
 
 def output_to_json(message: Message, finish_reason: str | None = None, more: Sequence[Message] = ()) -> str:
     """The value of `gen_ai.output.messages`: the first choice, and `more` where several were asked for."""
+    plain = _plain_json(message)
+    if plain is not None and not more:
+        end = "" if finish_reason is None else f',"finish_reason":{_string(finish_reason)}'
+        return f"[{plain[:-1]}{end}}}]"
     output = to_parts(message)
     if finish_reason is not None:
         output["finish_reason"] = finish_reason
@@ -50,6 +56,43 @@ def messages_from_json(text: str) -> list[dict[str, Json]]:
 
 
 # --- writing -------------------------------------------------------------------------------------
+
+
+def _plain_json(message: Any) -> str | None:
+    """What `_dump(to_parts(message))` gives, in a third of the time, for the shapes that nearly all messages
+    have: texts, calls of functions, results of tools. None for any other."""
+    if type(message) is not dict:
+        return None
+    role, content = message.get("role"), message.get("content")
+    if type(role) is not str or "content" not in message:
+        return None
+    parts: str | None = None
+    if type(content) is str and len(message) == 2:
+        parts = f'{{"type":"text","content":{_string(content)}}}'
+    elif len(message) == 3 and "tool_call_id" in message:
+        call_id = message["tool_call_id"]
+        if type(content) is str and type(call_id) is str:
+            parts = f'{{"type":"tool_call_response","id":{_string(call_id)},"response":{_string(content)}}}'
+    elif len(message) == 3 and "tool_calls" in message and (content is None or type(content) is str):
+        parts = _plain_calls(content, message["tool_calls"])
+    return None if parts is None else f'{{"role":{_string(role)},"parts":[{parts}]}}'
+
+
+def _plain_calls(content: str | None, calls: Any) -> str | None:
+    if type(calls) is not list or not calls:
+        return None
+    parts = [] if content is None else [f'{{"type":"text","content":{_string(content)}}}']
+    for call in calls:
+        function = call.get("function") if type(call) is dict and len(call) == 3 else None
+        if type(function) is not dict or len(function) != 2 or call.get("type") != "function":
+            return None
+        id, name, arguments = call.get("id"), function.get("name"), function.get("arguments")
+        if type(id) is not str or type(name) is not str or type(arguments) is not str:
+            return None
+        parts.append(
+            f'{{"type":"tool_call","id":{_string(id)},"name":{_string(name)},"arguments":{_string(arguments)}}}'
+        )
+    return ",".join(parts)
 
 
 def to_parts(message: Message) -> dict[str, Json]:

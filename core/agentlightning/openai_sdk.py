@@ -54,9 +54,15 @@ def install_if_loaded(owner: str = "agentlightning") -> bool:
             (base.AsyncAPIClient, _async_hook),
             (openai.AsyncOpenAI, _async_hook),
         ):
-            if _HOOK in client.__dict__:  # else inherited: the base class is patched
+            if _HOOK in client.__dict__ and not _calls_base(client.__dict__[_HOOK]):
                 _patches.wrap(client, _HOOK, hook)
     return True
+
+
+def _calls_base(hook: Any) -> bool:
+    """Whether a subclass's hook ends in the base class's, which is patched."""
+    code = getattr(hook, "__code__", None)
+    return code is not None and "super" in code.co_names
 
 
 def uninstall(owner: str = "agentlightning") -> None:

@@ -38,7 +38,8 @@ INFO: Final = ModelInfo(
 ADD: Final = {"name": "add", "arguments": '{"a": 7, "b": -2}'}
 
 _SINK: Final = """
-import http.server
+import http.server, os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()  # ends with its parent
 class Sink(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def do_POST(self):
@@ -73,10 +74,13 @@ def run() -> dict[str, float]:
 def span_sink() -> Generator[str]:
     """A server in another process that takes spans and forgets them."""
     command = [sys.executable, "-c", _SINK]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    pipe: Any = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
-        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
-        process.terminate()
+        try:
+            yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        finally:
+            process.terminate()
 
 
 def import_ms(names: str) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from agentlightning_server.training.machine import machine
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("bench_adapters", "bench_store", "bench_gateway", "bench_engine")
+PARTS = ("bench_adapters", "bench_store", "bench_gateway", "bench_merging", "bench_engine")
 
 
 def main() -> None:

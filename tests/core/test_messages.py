@@ -76,6 +76,14 @@ def test_chat_messages_survive_the_round_trip(messages: list[dict[str, Any]]) ->
     assert messages_from_json(messages_to_json(messages)) == messages
 
 
+@given(st.lists(spoken | tool_results, max_size=4))
+def test_the_short_way_of_writing_says_the_same_as_the_long_one(messages: list[dict[str, Any]]) -> None:
+    assert json.loads(messages_to_json(messages)) == [to_parts(message) for message in messages]
+    for message in messages:
+        (written,) = json.loads(output_to_json(message, "stop"))
+        assert written == {**to_parts(message), "finish_reason": "stop"}
+
+
 @given(spoken)
 def test_an_output_message_survives_with_its_finish_reason(message: dict[str, Any]) -> None:
     text = output_to_json(message, "stop")

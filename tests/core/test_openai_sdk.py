@@ -1,3 +1,4 @@
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import asyncio
@@ -8,6 +9,7 @@ from typing import Any
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from openai._base_client import AsyncAPIClient, SyncAPIClient
 from pydantic import BaseModel
 from tests.adapters.recorded import recording
 from tests.adapters.scripted_server import Request, ScriptedServer, fail, say
@@ -167,17 +169,21 @@ def test_an_absolute_url_of_another_host_gets_nothing(server: ScriptedServer) ->
 
 
 def test_uninstalling_restores_the_sdk_when_the_last_owner_goes() -> None:
-    originals = [client_class.__dict__["_prepare_options"] for client_class in (OpenAI, AsyncOpenAI)]
+    def hooks() -> list[object]:
+        classes = (OpenAI, AsyncOpenAI, SyncAPIClient, AsyncAPIClient)
+        return [client_class.__dict__["_prepare_options"] for client_class in classes]
+
+    originals = hooks()
     assert openai_sdk.install("a")
     assert openai_sdk.install("b")
     openai_sdk.install("a")
-    patched = OpenAI.__dict__["_prepare_options"]
-    assert patched is not originals[0]
+    patched = hooks()
+    assert patched[2:] != originals[2:]
     openai_sdk.uninstall("a")
-    assert OpenAI.__dict__["_prepare_options"] is patched
+    assert hooks() == patched
     openai_sdk.uninstall("b")
     openai_sdk.uninstall("b")
-    assert [c.__dict__["_prepare_options"] for c in (OpenAI, AsyncOpenAI)] == originals
+    assert hooks() == originals
 
 
 def test_a_failure_of_the_patch_does_not_stop_the_request(

@@ -1,6 +1,6 @@
 """Agents with other people's instrumentations against the real server: one episode each, exact ids joined.
 
-They run in an environment that has those packages (constraints-foreign.txt); elsewhere they are skipped, and
+They run in an environment that has those packages (requirements-foreign.txt); elsewhere they are skipped, and
 tests/core/test_dialects.py reads what was recorded from them.
 """
 
@@ -26,7 +26,7 @@ from agentlightning.reading import read_episode
 from agentlightning.types import AttemptStatus, Claim, Episode, Limits, Mode, Rollout, RolloutStatus
 
 pytestmark = pytest.mark.skipif(
-    find_spec("openinference") is None, reason="needs the packages of constraints-foreign.txt"
+    find_spec("openinference") is None, reason="needs the packages of requirements-foreign.txt"
 )
 HERE = [name for name in APPLICATIONS if name not in ELSEWHERE]
 ADD_TWICE = [tool_call("add", a=1, b=2), tool_call("add", a="z"), "3"]

@@ -12,6 +12,7 @@ from langchain_core.outputs import LLMResult
 from agentlightning.tracing.genai import LLMResponse
 from agentlightning.types import Message
 
+_dump: Final = json.JSONEncoder(ensure_ascii=False, default=str).encode
 _ROLES: Final = {
     "human": "user",
     "ai": "assistant",
@@ -69,7 +70,7 @@ def _call(id: str | None, name: str | None, arguments: str | None) -> dict[str, 
 
 
 def _arguments(arguments: Mapping[str, Any]) -> str:
-    return json.dumps(arguments, ensure_ascii=False, default=str)
+    return _dump(arguments)
 
 
 def llm_response(result: LLMResult) -> LLMResponse:
