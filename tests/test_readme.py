@@ -85,8 +85,9 @@ def test_every_command_exists_with_its_options(command: str) -> None:
         return
     assert words[0] == "agl"
     agl = [sys.executable, "-m", "agentlightning_server.cli.main"]
+    command_words = words[1:3] if words[1] == "export" else words[1:2]
     shown = subprocess.run(
-        [*agl, words[1], "--help"],
+        [*agl, *command_words, "--help"],
         capture_output=True,
         text=True,
         check=True,

@@ -21,6 +21,7 @@ import gc
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -111,7 +112,7 @@ def _cpu(agent: Run, turns: int, tools: int) -> float:
 def respond(request: httpx.Request) -> httpx.Response:
     """Tool calls for as many turns as the user asked for, then text."""
     body = json.loads(request.content)
-    turns, tools = next(map(int, m["content"].split()[-2:]) for m in body["messages"] if m["role"] == "user")
+    turns, tools = map(int, re.search(r"Add them up\. (\d+) (\d+)", request.content.decode()).groups())  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
     done = sum(1 for message in body["messages"] if message["role"] == "assistant")
     message: dict[str, Any] = {"role": "assistant", "content": None if done < turns else "It is eleven."}
     if done < turns:
@@ -188,11 +189,13 @@ def autogen_agent(url: str) -> Run:
 def crewai_agent(url: str) -> Run:
     from crewai import LLM, Agent, Crew, Task
     from crewai.tools import tool
+    from openai import OpenAI
 
     summing = tool("add")(add)
 
     def run(turns: int, tools: int) -> object:
-        llm = LLM(model="openai/gpt-4o-mini", client_params=_openai(url, httpx.Client))
+        llm: Any = LLM(model="openai/gpt-4o-mini", base_url=url, api_key="k")
+        llm._client = OpenAI(**_openai(url, httpx.Client))  # `client_params` go to its async client too
         agent = Agent(
             role="calc", goal="sums", backstory=SYSTEM, tools=[summing], llm=llm, max_iter=100, verbose=False
         )
