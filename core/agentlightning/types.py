@@ -245,6 +245,12 @@ class LLMCall:
     error: str | None = None
     malformed_tool_call: str | None = None
     """The text of a tool call that the gateway's parser could not read, if any."""
+    response_schema: JsonObject | None = None
+    """JSON schema that the text of the answer was to satisfy, if any."""
+
+    def __hash__(self) -> int:
+        """By span, so that a call can be a key; its messages have no hash."""
+        return hash((self.span_id, self.gateway_span_id))
 
 
 class ToolStatus(StrEnum):
@@ -321,6 +327,10 @@ class Transition:
     """Intermediate reward of this very call (AIR and targeted rewards), before any credit assignment."""
     node_path: str | None = None
     finish_reason: str | None = None
+
+    def __hash__(self) -> int:
+        """By span, so that a transition can be a key; arrays have no hash."""
+        return hash(self.span_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Any, Final
@@ -16,7 +15,7 @@ from typing import Any, Final
 from agentlightning_server.engines.base import Completion, Engine, Sampling
 
 STALL: Final = object()
-"""No answer ever comes; `ScriptedEngine.stalled` is set once the request is there."""
+"""No answer ever comes; `ScriptedEngine.stalled` has the policy once the request is there."""
 
 Sampled = tuple[list[int], list[int], list[float]]
 """Prompt ids, response ids and logprobs."""
@@ -34,8 +33,9 @@ class ScriptedEngine:
         self._inner = inner
         self.script: defaultdict[str, deque[Any]] = defaultdict(deque)
         self.sampled: defaultdict[str, list[Sampled]] = defaultdict(list)
-        self.stalled = threading.Event()
-        self.cancelled = threading.Event()
+        self.stalled: set[str] = set()
+        self.cancelled: set[str] = set()
+        """Policies whose stalled request was given up by the one who asked."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -52,7 +52,7 @@ class ScriptedEngine:
         if isinstance(said, Exception):
             raise said
         if said is STALL:
-            await self._stall()
+            await self._stall(policy)
         tokens = [*self.encode(said), min(self._inner.eos_ids)]
         logprobs = [-0.5 - i / 8 for i in range(len(tokens))]
         self.sampled[policy].append((list(prompt_ids), tokens, logprobs))
@@ -62,9 +62,9 @@ class ScriptedEngine:
         """The tokens in which a line is said."""
         return self._inner.tokenizer.encode(text, add_special_tokens=False)
 
-    async def _stall(self) -> None:
-        self.stalled.set()
+    async def _stall(self, policy: str) -> None:
+        self.stalled.add(policy)
         try:
             await asyncio.Event().wait()
         finally:
-            self.cancelled.set()
+            self.cancelled.add(policy)

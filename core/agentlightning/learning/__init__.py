@@ -11,7 +11,7 @@ from agentlightning.learning.advantages import (
     group_advantages,
     step_advantages,
 )
-from agentlightning.learning.air import AIR, Rule, apply_air, default_rules
+from agentlightning.learning.air import AIR, Rule, apply_air, default_rules, rule_named
 from agentlightning.learning.batching import Normalise, build_batch, merge_transitions
 from agentlightning.learning.credit import (
     CREDIT,
@@ -51,6 +51,7 @@ __all__ = [
     "identical",
     "merge_transitions",
     "per_agent",
+    "rule_named",
     "select",
     "select_agents",
     "select_all",

@@ -10,15 +10,18 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
 from agentlightning import semconv
+from agentlightning.errors import InvalidInput
 from agentlightning.messages import messages_to_json, output_to_json
 from agentlightning.reading.attributes import pack_logprobs, pack_token_ids
 from agentlightning.types import (
     Attributes,
     AttributeValue,
+    JsonObject,
     Message,
     Span,
     SpanKind,
@@ -26,7 +29,7 @@ from agentlightning.types import (
     live_attempt_id,
     live_rollout_id,
 )
-from agentlightning_server.gateway.requests import ChatRequest
+from agentlightning_server.gateway.requests import ChatRequest, response_schema
 from agentlightning_server.gateway.responses import Choice
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}")
@@ -145,7 +148,17 @@ def forwarded_attributes(fields: Mapping[str, Any]) -> dict[str, AttributeValue]
             attributes[name] = fields[field]
     if isinstance(fields.get("tools"), list) and fields["tools"]:
         attributes[semconv.TOOL_DEFINITIONS] = json.dumps(fields["tools"], ensure_ascii=False)
+    with suppress(InvalidInput, LookupError, TypeError, AttributeError):  # what it means is the endpoint's
+        attributes |= _asked_form(response_schema(fields.get("response_format")))
     return attributes
+
+
+def _asked_form(schema: JsonObject | None) -> dict[str, AttributeValue]:
+    """That JSON was asked for, and of which schema."""
+    if schema is None:
+        return {}
+    written = json.dumps(schema, ensure_ascii=False)
+    return {semconv.OUTPUT_TYPE: "json", semconv.RESPONSE_SCHEMA: written}
 
 
 def request_attributes(request: ChatRequest) -> dict[str, AttributeValue]:
@@ -168,7 +181,8 @@ def request_attributes(request: ChatRequest) -> dict[str, AttributeValue]:
         if request.tools
         else None,
     }
-    return attributes | {name: value for name, value in optional.items() if value is not None}
+    given = {name: value for name, value in optional.items() if value is not None}
+    return attributes | _asked_form(request.schema) | given
 
 
 def _span(

@@ -78,7 +78,7 @@ def parse_chat_request(body: object) -> ChatRequest:
         logprobs=fields.get("logprobs") is True,
         top_logprobs=0 if not fields.get("top_logprobs") else _whole(fields, "top_logprobs", low=0, high=20),
         return_token_ids=fields.get("return_token_ids") is True,
-        schema=_schema(fields.get("response_format")),
+        schema=response_schema(fields.get("response_format")),
         must_call=_must_call(fields.get("tool_choice"), tools),
         parallel_tool_calls=fields.get("parallel_tool_calls") is not False,
     )
@@ -97,7 +97,7 @@ def _model(fields: Mapping[str, Any]) -> str:
     return model
 
 
-def _schema(value: Any) -> JsonObject | None:
+def response_schema(value: Any) -> JsonObject | None:
     """The schema that `response_format` asks for; None for free text."""
     form = cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {"type": value or "text"}
     if form.get("type", "text") == "text":

@@ -20,12 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from tests.adapters.recorded import comparable
 from tests.support.scripted_engine import STALL, ScriptedEngine, tool_call
 from tests.support.serving import serving, tiny_engine
+from tests.support.waiting import wait_until
 
 from agentlightning import semconv
 from agentlightning.client import LightningClient
@@ -193,6 +195,10 @@ class Stage:
             ids += [rollout.id for rollout in page]
         return set(ids)
 
+    def served(self, rollout_id: str) -> bool:
+        """Whether the gateway has stored what it knows, which for a call that was cancelled takes a moment."""
+        return any(_is_served(span) for span in self.client.spans(rollout_id))
+
     def record(self, rollout_id: str) -> tuple[Episode, Sequence[Span]]:
         rollout, attempts = self.client.rollout(rollout_id)
         spans = self.client.spans(rollout_id)
@@ -245,6 +251,7 @@ def play(driver: Driver, way: Way, case: Case, stage: Stage) -> None:
     assert len(rollout_ids) == count, f"one run is one rollout: {rollout_ids}"
     remaining = set(models)
     for rollout_id in rollout_ids:
+        wait_until(partial(stage.served, rollout_id))
         episode, spans = stage.record(rollout_id)
         asked = {str(span.attributes[semconv.REQUEST_MODEL]) for span in spans if _is_served(span)}
         assert len(asked) == 1, f"rollout {rollout_id} holds calls of {asked}"
@@ -318,12 +325,11 @@ def _outcome(run: Callable[[], object]) -> object:
         return error
 
 
-async def _awaited(case: Case, stage: Stage, run: Callable[[], Awaitable[object]]) -> object:
+async def _awaited(case: Case, stage: Stage, model: str, run: Callable[[], Awaitable[object]]) -> object:
     """Run it, and cancel it once its request has arrived where the case says so."""
     task = asyncio.ensure_future(run())
     if case is Case.CANCELLED:
-        stage.engine.stalled.clear()
-        while not stage.engine.stalled.is_set() and not task.done():
+        while model not in stage.engine.stalled and not task.done():
             await asyncio.sleep(0.01)
         task.cancel()
     (outcome,) = await asyncio.gather(task, return_exceptions=True)
@@ -336,14 +342,16 @@ def _sync(driver: Driver, case: Case, stage: Stage, models: Sequence[str]) -> Ou
 
 def _async(driver: Driver, case: Case, stage: Stage, models: Sequence[str]) -> Outcomes:
     async def main() -> list[object]:
-        return [await _awaited(case, stage, driver.agent(case, stage, model).arun) for model in models]
+        return [await _awaited(case, stage, model, driver.agent(case, stage, model).arun) for model in models]
 
     return stage.loop.run(main()), []
 
 
 def _stream(driver: Driver, case: Case, stage: Stage, models: Sequence[str]) -> Outcomes:
     async def main() -> list[object]:
-        return [await _awaited(case, stage, driver.agent(case, stage, model).astream) for model in models]
+        return [
+            await _awaited(case, stage, model, driver.agent(case, stage, model).astream) for model in models
+        ]
 
     return stage.loop.run(main()), []
 
@@ -367,7 +375,7 @@ def _concurrent(driver: Driver, case: Case, stage: Stage, models: Sequence[str])
     async def one(claim: Claim, model: str) -> object:
         active = ActiveRollout(claim.rollout.id, claim.attempt.id, base_url=f"{stage.url}/v1")
         with use_rollout(active):
-            return await _awaited(case, stage, driver.agent(case, stage, model).arun)
+            return await _awaited(case, stage, model, driver.agent(case, stage, model).arun)
 
     async def main() -> list[object]:
         return list(await asyncio.gather(*map(one, claims, models)))
@@ -375,6 +383,7 @@ def _concurrent(driver: Driver, case: Case, stage: Stage, models: Sequence[str])
     outcomes = stage.loop.run(main())
     assert get_tracer().flush(10)  # before the attempts end, and their keys with them
     for claim in claims:
+        wait_until(partial(stage.served, claim.rollout.id))
         stage.client.finish(claim.attempt.id, "matrix", AttemptStatus.SUCCEEDED)
     return outcomes, claims
 

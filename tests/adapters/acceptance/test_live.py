@@ -61,7 +61,7 @@ def reward(stage: Stage, rollout_id: str, value: float) -> None:
     )
 
 
-@pytest.mark.filterwarnings("ignore:function_calling_llm is deprecated:DeprecationWarning")  # CrewAI's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:crewai")
 def test_a_live_run_is_rewarded_later_from_another_process_and_learned_from(
     stage: Stage, driver: Driver
 ) -> None:

@@ -74,7 +74,16 @@ def llm(span: Span) -> LLMCall:
         output_tokens=read.integer(a, semconv.USAGE_OUTPUT, "gen_ai.usage.completion_tokens"),
         error=base.error_of(span),
         malformed_tool_call=read.text(a, semconv.MALFORMED_TOOL_CALL),
+        response_schema=_schema(a),
     )
+
+
+def _schema(attributes: Attributes) -> JsonObject | None:
+    """The schema that was asked for; any object where only JSON was."""
+    schema = read.parsed(attributes, semconv.RESPONSE_SCHEMA)
+    if isinstance(schema, Mapping):
+        return schema
+    return {"type": "object"} if read.text(attributes, semconv.OUTPUT_TYPE) == "json" else None
 
 
 def tool(span: Span) -> ToolCall:
