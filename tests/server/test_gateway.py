@@ -248,3 +248,23 @@ def test_a_key_is_needed(server: LocalServer) -> None:
         pytest.raises(openai.AuthenticationError),
     ):
         client.chat.completions.create(model="policy", messages=HELLO)
+
+
+def test_an_error_that_nobody_foresaw_leaves_the_connection_as_it_was(
+    server: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object, **__: object) -> object:
+        raise RuntimeError("the engine broke")
+
+    body = {"model": "policy", "messages": HELLO, "max_tokens": 1}
+    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {server.key}"}) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(server.engine, "generate", broken)
+            failed = client.post("/v1/chat/completions", json=body)
+        assert failed.status_code == 500
+        assert "the engine broke" not in failed.text
+        sockets = {failed.extensions["network_stream"].get_extra_info("client_addr")}
+        answered = client.post("/v1/chat/completions", json=body)
+        sockets.add(answered.extensions["network_stream"].get_extra_info("client_addr"))
+    assert answered.status_code == 200
+    assert len(sockets) == 1

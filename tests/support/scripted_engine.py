@@ -21,6 +21,10 @@ Sampled = tuple[list[int], list[int], list[float]]
 """Prompt ids, response ids and logprobs."""
 
 
+class Cut(str):
+    """A text that ends at the token limit."""
+
+
 def tool_call(name: str, **arguments: Any) -> str:
     """A tool call as the model writes it."""
     return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
@@ -53,10 +57,11 @@ class ScriptedEngine:
             raise said
         if said is STALL:
             await self._stall(policy)
-        tokens = [*self.encode(said), min(self._inner.eos_ids)]
+        cut = isinstance(said, Cut)
+        tokens = self.encode(said) if cut else [*self.encode(said), min(self._inner.eos_ids)]
         logprobs = [-0.5 - i / 8 for i in range(len(tokens))]
         self.sampled[policy].append((list(prompt_ids), tokens, logprobs))
-        return Completion(tokens, logprobs, "stop", 0)
+        return Completion(tokens, logprobs, "length" if cut else "stop", 0)
 
     def encode(self, text: str) -> list[int]:
         """The tokens in which a line is said."""

@@ -15,7 +15,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from agentlightning import semconv
-from agentlightning.errors import InvalidInput, Unavailable
+from agentlightning.errors import InvalidInput
 from agentlightning.types import JsonObject
 from agentlightning_server.auth import Principal, guard_attempt, principal
 from agentlightning_server.gateway.recording import Caller
@@ -38,7 +38,10 @@ def gateway_routes(gateway: Gateway) -> list[Route]:
         answering = gateway.forward(fields, caller) if routed else _sampled(gateway, fields, caller)
         try:
             body = await _unless_gone(request, answering)
-        except Unavailable as error:  # 429: the OpenAI SDK waits as Retry-After says and asks again
+        except Exception as error:
+            # 429 where it is busy: the OpenAI SDK waits as Retry-After says and asks again. What nobody
+            # foresaw is answered here too: further up, Starlette raises it again and the connection is
+            # closed, which fails the client's next request as well.
             return error_response(error, busy_status=BUSY_MODEL)
         if body is None:
             return Response(status_code=499)  # nobody is there to read it

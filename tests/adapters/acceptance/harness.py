@@ -196,7 +196,7 @@ class Stage:
         return set(ids)
 
     def served(self, rollout_id: str) -> bool:
-        """Whether the gateway has stored what it knows, which for a call that was cancelled takes a moment."""
+        """Whether the gateway has stored what it knows; for a cancelled call that takes a moment."""
         return any(_is_served(span) for span in self.client.spans(rollout_id))
 
     def record(self, rollout_id: str) -> tuple[Episode, Sequence[Span]]:
