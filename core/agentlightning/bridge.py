@@ -8,6 +8,7 @@ had finished; another `retry` collects the step anew.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -176,7 +177,7 @@ class TrainerBridge:
             raise InvalidInput(f"group_size must be at least 1, got {group_size}")
         rollouts: list[Rollout] = []
         for position, task in enumerate(tasks):
-            group = f"{self.run_id}.{mode}.{step}.{position}"
+            group = f"{self.run_id}.{mode}.{step}.{position}"  # `update_of` reads it
             for sample in range(group_size):
                 rollouts.append(
                     Rollout(
@@ -238,6 +239,21 @@ def make_batch(episodes: Sequence[Episode], learning: LearningSettings) -> Batch
     Episodes without a final reward are left out. Raises NothingToLearn for an empty batch or a selector that
     matches no call.
     """
+    usable = usable_episodes(episodes, learning)
+    return build_batch(
+        usable,
+        advantages(usable, learning),
+        policy=learning.policy,
+        normalise=learning.normalisation,
+        merge=learning.merge,
+    )
+
+
+def usable_episodes(episodes: Sequence[Episode], learning: LearningSettings) -> list[Episode]:
+    """The rewarded episodes with the calls that train, and no others.
+
+    Raises NothingToLearn for a selector that matches no call, and where no episode with calls has a reward.
+    """
     own = [select(e, lambda t: t.policy == learning.policy) for e in episodes]
     chosen = own if learning.select is None else [select(e, learning.select) for e in own]
     if any(e.transitions for e in own) and not any(e.transitions for e in chosen):
@@ -249,13 +265,7 @@ def make_batch(episodes: Sequence[Episode], learning: LearningSettings) -> Batch
             "no episode that called the policy has a final reward: return a number from the agent function, "
             "or call emit_reward(value)"
         )
-    return build_batch(
-        usable,
-        advantages(usable, learning),
-        policy=learning.policy,
-        normalise=learning.normalisation,
-        merge=learning.merge,
-    )
+    return usable
 
 
 def advantages(episodes: Sequence[Episode], learning: LearningSettings) -> list[Floats]:
@@ -263,6 +273,18 @@ def advantages(episodes: Sequence[Episode], learning: LearningSettings) -> list[
     return advantages_of(
         episodes, learning.credit, learning.estimator, by_agent=learning.by_agent, steps=learning.steps
     )
+
+
+_GROUP = re.compile(r"(?P<step>.+\.train\.\d+)(?:\.retry(?P<retry>\d+))?(?:\.round\d+)?\.\d+")
+
+
+def update_of(group_id: str) -> tuple[str, int]:
+    """The update that a group of `TrainerBridge.collect` was for, and the retry of its step.
+
+    Groups of anything else, live rollouts say, are all for the one update "".
+    """
+    match = _GROUP.fullmatch(group_id)
+    return (match["step"], int(match["retry"] or 0)) if match else ("", 0)
 
 
 def deciding_attempt(attempts: Sequence[Attempt]) -> Attempt | None:

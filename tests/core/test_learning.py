@@ -7,15 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.episodes import episode, transition
-from tests.support.spans import attempt, gateway_call, reward, rollout, tool
 
 from agentlightning.bridge import LearningSettings, make_batch
 from agentlightning.errors import InvalidInput, NothingToLearn
 from agentlightning.learning import (
-    AIR,
     Estimator,
     Normalise,
-    apply_air,
     build_batch,
     discounted,
     group_advantages,
@@ -24,15 +21,7 @@ from agentlightning.learning import (
     select,
     select_agents,
 )
-from agentlightning.learning.air import (
-    empty_result,
-    malformed_output,
-    repeated_call,
-    tool_outcome,
-    truncated,
-)
-from agentlightning.reading import read_episode
-from agentlightning.types import Episode, Message, Span, ToolStatus, Transition
+from agentlightning.types import Episode, Transition
 
 TWO_CALLS = (transition([1, 2], [3]), transition([1, 2, 3, 4], [5, 6]))
 
@@ -222,76 +211,3 @@ def test_a_selector_that_matches_nothing_names_the_agents_there_are() -> None:
     learning = LearningSettings(select=select_agents("nobody"))
     with pytest.raises(NothingToLearn, match="agents seen: agent"):
         make_batch([episode(*TWO_CALLS), episode(*TWO_CALLS, final=0.0)], learning)
-
-
-# --- AIR -----------------------------------------------------------------------------------------
-
-
-def requesting(call_id: str) -> Message:
-    call = {"id": call_id, "type": "function", "function": {"name": "calculator", "arguments": "{}"}}
-    return {"role": "assistant", "content": None, "tool_calls": [call]}
-
-
-def read(spans: list[Span]) -> Episode:
-    return read_episode(rollout(), attempt(), [*spans, reward(10_000, 1.0)])
-
-
-def test_a_tool_outcome_is_paid_to_the_call_that_asked_for_it() -> None:
-    first = gateway_call(100, [1], [2], output=requesting("c1"))
-    second = gateway_call(200, [1, 2], [3], output=requesting("c2"))
-    outcome = tool(300, call_id="c1")  # ran late: the id counts, not the time
-    shaped = apply_air(read([first, second, outcome]), AIR([tool_outcome("ok", 0.1, ToolStatus.OK)], bound=1))
-    assert [t.reward for t in shaped.transitions] == pytest.approx([0.1, 0.0])
-    assert [(s.rule, s.evidence_span_id) for s in shaped.signals] == [("ok", outcome.span_id)]
-
-
-def test_without_an_id_the_last_call_before_the_tool_caused_it() -> None:
-    calls = [gateway_call(100, [1], [2]), gateway_call(200, [1, 2], [3])]
-    shaped = apply_air(read([*calls, tool(250)]), AIR([tool_outcome("ok", 0.1, ToolStatus.OK)], bound=1))
-    assert [t.reward for t in shaped.transitions] == pytest.approx([0.0, 0.1])
-
-
-def test_shaping_is_bounded_in_total() -> None:
-    spans = [gateway_call(100, [1], [2])] + [tool(200 + i, arguments=f"[{i}]") for i in range(50)]
-    shaped = apply_air(read(spans), AIR([tool_outcome("ok", 0.1, ToolStatus.OK)], bound=0.3))
-    assert sum(t.reward for t in shaped.transitions) == pytest.approx(0.3)
-    assert sum(s.value for s in shaped.signals) == pytest.approx(0.3)
-
-
-def test_the_other_rules_find_their_signals() -> None:
-    asked = gateway_call(
-        100,
-        [1],
-        [2],
-        extra={
-            "agentlightning.malformed_tool_call": "<tool_call>{",
-            "gen_ai.response.finish_reasons": ["length"],
-        },
-    )
-    spans = [asked, tool(200), tool(300), tool(400, result="")]
-    rules = [repeated_call(-1), empty_result(-2), malformed_output(-4), truncated(-8)]
-    shaped = apply_air(read(spans), AIR(rules, bound=100))
-    assert sorted(s.rule for s in shaped.signals) == [
-        "empty_result",
-        "malformed_output",
-        "repeated_call",
-        "repeated_call",
-        "truncated",
-    ]
-    assert shaped.transitions[0].reward == -16
-
-
-def test_intermediate_rewards_reach_the_advantages() -> None:
-    """Two rollouts fail alike; one of them called its tool well. Without AIR there is nothing to learn."""
-    good = read_episode(rollout(), attempt(), [gateway_call(1, [1], [2]), tool(50), reward(99, 0.0)])
-    bad = read_episode(rollout(id="r2"), attempt(), [gateway_call(1, [1], [3]), reward(99, 0.0)])
-    air = AIR([tool_outcome("ok", 0.1, ToolStatus.OK)])
-    shaped = [apply_air(e, air) for e in (good, bad)]
-    assert not make_batch([good, bad], LearningSettings()).advantages.any()
-    advantages = make_batch(shaped, LearningSettings()).advantages
-    assert advantages[1] > 0 > advantages[3]
-
-
-def test_a_negative_bound_is_refused() -> None:
-    with pytest.raises(InvalidInput):
-        AIR(bound=-1)

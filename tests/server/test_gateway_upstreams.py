@@ -24,6 +24,7 @@ from tests.support.waiting import wait_until
 
 from agentlightning import semconv
 from agentlightning.errors import InvalidInput
+from agentlightning.learning.air import AIR, find_signals
 from agentlightning.reading import read_episode
 from agentlightning.types import Attempt, Episode, RolloutStatus, Span, SpanStatus
 from agentlightning_server.gateway import load_upstreams
@@ -240,6 +241,21 @@ def test_an_answer_without_an_id_gets_one_to_be_found_by(stage: Stage) -> None:
     (span,) = stage.spans()
     assert response.json()["id"].startswith("chatcmpl-")
     assert response.json()["id"] == response.headers["x-request-id"] == span.attributes[semconv.RESPONSE_ID]
+
+
+def test_an_upstreams_answer_that_is_not_of_the_form_that_was_asked_for_is_seen_by_air(stage: Stage) -> None:
+    schema = {"type": "object", "required": ["a"]}
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    stage.endpoint.script.extend([completion({"content": '{"a": 1}'}), completion({"content": "a is 1"})])
+    for _ in range(2):
+        assert stage.post(response_format=asked).status_code == 200
+    assert stage.post(response_format="as you like").status_code == 200  # for the endpoint to refuse
+    episode = stage.episode()
+    assert [call.response_schema for call in episode.calls] == [schema, schema, None]
+    found = find_signals(episode, AIR())
+    assert [(s.rule, s.call_span_id) for s in found.elsewhere] == [
+        ("malformed_output", episode.calls[1].span_id)
+    ]
 
 
 # --- what goes wrong -----------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, Final, TypeAlias, cast
 
 from agentlightning.errors import InvalidInput
@@ -221,7 +222,8 @@ def _signals_of(rule: Rule, episode: Episode) -> list[Signal]:
     where = f"the AIR rule {name}, on rollout {episode.rollout_id},"
     try:
         found: Any = rule(episode)
-        signals = _rewarded(name, found) if isinstance(found, Mapping) else list(found)
+        given = cast("Mapping[CallKey, float] | None", found if isinstance(found, Mapping) else None)
+        signals = list(cast("Iterable[object]", found)) if given is None else _rewarded(name, given)
     except Exception as error:
         raise InvalidInput(
             f"{where} failed with {type(error).__name__}: {error}; a rule returns signals, or a reward for "
@@ -230,7 +232,7 @@ def _signals_of(rule: Rule, episode: Episode) -> list[Signal]:
     return [_checked(signal, where, episode) for signal in signals]
 
 
-def _rewarded(name: str, rewards: Mapping[CallKey, float]) -> list[Signal]:
+def _rewarded(name: str, rewards: Mapping[CallKey, float]) -> list[object]:
     """The signals of a rule that gives rewards only: the call is the evidence."""
     spans = [key if isinstance(key, str) else key.span_id for key in rewards]
     return [Signal(name, float(value), s, s) for s, value in zip(spans, rewards.values(), strict=True)]
@@ -239,8 +241,9 @@ def _rewarded(name: str, rewards: Mapping[CallKey, float]) -> list[Signal]:
 def _checked(signal: object, where: str, episode: Episode) -> Signal:
     if not isinstance(signal, Signal):
         raise InvalidInput(f"{where} gave a {type(signal).__name__}, not a Signal")
-    if not math.isfinite(signal.value):
-        raise InvalidInput(f"{where} gave the reward {signal.value}, which is not a finite number")
+    value: object = signal.value
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise InvalidInput(f"{where} gave the reward {value!r}, which is not a finite number")
     for call in episode.calls:
         if signal.call_span_id in (call.span_id, call.gateway_span_id):
             return replace(signal, call_span_id=call.span_id)

@@ -15,14 +15,14 @@ import typer
 from rich.console import Console
 
 from agentlightning._version import __version__
-from agentlightning.bridge import LearningSettings
 from agentlightning.context import ENV_TRACER
 from agentlightning.doctor import Finding, Level, Recorded, diagnose, gather
-from agentlightning.learning import AIR
 from agentlightning.runner.__main__ import main as run_worker
 from agentlightning_server.cli import options
 from agentlightning_server.cli.export import export
-from agentlightning_server.cli.options import policies_of, say, selector_of, trained_of
+from agentlightning_server.cli.learning import air, rescore
+from agentlightning_server.cli.option_groups import LEARNING, UPDATE, Given, learning_of, option_group
+from agentlightning_server.cli.options import policies_of, say, trained_of
 from agentlightning_server.cli.progress import versions_of
 from agentlightning_server.cli.sources import stored
 from agentlightning_server.cli.training import evaluate, train
@@ -46,6 +46,8 @@ app = typer.Typer(
 app.add_typer(export, name="export")
 app.command()(train)
 app.command(name="eval")(evaluate)
+app.command()(air)
+app.command()(rescore)
 
 
 def _version(show: bool) -> None:
@@ -62,6 +64,8 @@ def _options(
 
 
 @app.command()
+@option_group("update", UPDATE)
+@option_group("learning", LEARNING)
 def serve(
     model: options.ModelOption = DEFAULT_MODEL,
     host: options.HostOption = "127.0.0.1",
@@ -78,15 +82,16 @@ def serve(
     batch_size: Annotated[int, typer.Option(min=2, help="Rewarded rollouts per update.")] = 32,
     learning_rate: Annotated[float, typer.Option(min=0)] = 1e-5,
     lora_rank: options.LoraRankOption = 0,
-    agents: options.AgentsOption = None,
-    select: options.SelectOption = None,
+    *,
+    learning: Given,
+    update: Given,
 ) -> None:
     """Serve a policy to agents and store their traces, until interrupted; with --learn, improve it too."""
     served = policies_of(policies)
     live = LiveSettings(
         data,
         batch_size=batch_size,
-        learning=LearningSettings(air=AIR(), select=selector_of(agents, select)),
+        learning=learning_of(learning),
         policies=trained_of(served, train_policies),
     )
     settings = Settings(
@@ -98,7 +103,9 @@ def serve(
         upstreams=upstreams,
     ).with_admin_key()
     engine = load_engine(
-        EmbeddedSettings(model=model, policies=served, learning_rate=learning_rate, lora_rank=lora_rank)
+        EmbeddedSettings(
+            model=model, policies=served, learning_rate=learning_rate, lora_rank=lora_rank, **update
+        )
     )
     if checkpoint is not None:
         engine.load(newest_checkpoint(checkpoint))
@@ -132,17 +139,17 @@ def run(
 
 
 @app.command()
+@option_group("learning", LEARNING)
 def doctor(
     run_folder: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Folder of a run.")] = None,
     server: Annotated[str | None, typer.Option(help="URL of a live server instead.")] = None,
     key: Annotated[str | None, typer.Option(envvar="AGENTLIGHTNING_KEY")] = None,
-    agents: options.AgentsOption = None,
-    select: options.SelectOption = None,
     as_json: options.JsonOption = False,
+    *,
+    learning: Given,
 ) -> None:
     """Check stored rollouts from span to batch, and say what stands in the way of learning."""
-    learning = LearningSettings(air=AIR(), select=selector_of(agents, select))
-    findings = diagnose(_recorded(run_folder, server, key), learning)
+    findings = diagnose(_recorded(run_folder, server, key), learning_of(learning))
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings]))
     else:

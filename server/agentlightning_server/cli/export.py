@@ -24,8 +24,8 @@ from agentlightning.export import (
     spans_from_file,
     transition_rows,
 )
-from agentlightning.learning import AIR, CREDIT, credit_named, select_agents
 from agentlightning.types import Mode
+from agentlightning_server.cli.option_groups import WORTH, Given, learning_of, option_group
 from agentlightning_server.cli.sources import Source, stored
 
 export = typer.Typer(no_args_is_help=True, help="Write what was recorded as files for other tools.")
@@ -40,6 +40,7 @@ def _export() -> None:
 
 
 @export.command()
+@option_group("learning", WORTH)
 def transitions(
     run_folder: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Folder of a run.")] = None,
     server: Annotated[str | None, typer.Option(help="URL of a live server instead.")] = None,
@@ -51,14 +52,7 @@ def transitions(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="File to write; standard output otherwise.")] = None,
-    agents: Annotated[
-        list[str] | None, typer.Option("--agent", help="Only calls of these agents (name or path, glob).")
-    ] = None,
     mode: Annotated[Mode | None, typer.Option(help="Only rollouts of this mode.")] = None,
-    credit: Annotated[
-        str, typer.Option(help=f"Credit assignment: {', '.join(CREDIT)}, or MODULE:FUNCTION.")
-    ] = "identical",
-    air: Annotated[bool, typer.Option(help="Automatic intermediate rewards from tool outcomes.")] = True,
     all_calls: Annotated[
         bool | None,
         typer.Option(
@@ -68,14 +62,17 @@ def transitions(
             show_default=False,
         ),
     ] = None,
+    *,
+    learning: Given,
 ) -> None:
     """One line of JSON per model call, in order: prompt, response and reward, with token ids where exact."""
     if sum(source is not None for source in (run_folder, server, from_otlp)) != 1:
         raise InvalidInput("name one source: the folder of a run, --server URL, or --from-otlp FILE")
+    chosen = learning_of(learning)
     settings = ExportSettings(
-        air=AIR() if air else None,
-        select=select_agents(*agents) if agents else None,
-        credit=credit_named(credit),
+        air=chosen.air,
+        select=chosen.select,
+        credit=chosen.credit,
         all_calls=from_otlp is not None if all_calls is None else all_calls,
     )
     report = Report()

@@ -1,4 +1,4 @@
-"""`agl`: serve, train, eval, run, doctor, export. Each command is a thin layer over the Python API.
+"""`agl`: serve, train, eval, run, doctor, air, rescore, export. Commands are thin layers over the Python API.
 
 Progress and messages go to standard error, results to standard output; with --json one line of JSON.
 Exit codes: 0 done, 1 an error with a sentence, 2 wrong usage.

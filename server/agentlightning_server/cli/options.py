@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,6 @@ import typer
 from rich.console import Console
 
 from agentlightning.errors import InvalidInput
-from agentlightning.learning import Selector, select_agents, select_all, selector_named
 
 DEFAULT_POLICY = "policy"
 console = Console(stderr=True)
@@ -41,16 +39,6 @@ TrainPoliciesOption = Annotated[
     typer.Option("--train-policy", help="Train only these of the policies; the others stay as they are."),
 ]
 LoraRankOption = Annotated[int, typer.Option(min=0, help="0 trains the full weights.")]
-AgentsOption = Annotated[
-    list[str] | None, typer.Option("--agent", help="Learn only from these agents (name or node path, glob).")
-]
-SelectOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODULE:FUNCTION",
-        help="Learn only from calls for which this function of a Transition is true; with --agent, of those.",
-    ),
-]
 UpstreamsOption = Annotated[
     Path | None,
     typer.Option(
@@ -75,15 +63,6 @@ def trained_of(policies: Sequence[str], names: Sequence[str] | None) -> tuple[st
             "name it with --policy too"
         )
     return tuple(name for name in policies if not names or name in names)
-
-
-def selector_of(agents: Sequence[str] | None, select: str | None) -> Selector | None:
-    """What `--agent` and `--select` choose together; None for everything."""
-    selectors: list[Selector] = [select_agents(*agents)] if agents else []
-    if select is not None:
-        sys.path.insert(0, str(Path.cwd()))  # a console script does not look there for the user's module
-        selectors.append(selector_named(select))
-    return select_all(*selectors) if selectors else None
 
 
 def say(line: str) -> None:

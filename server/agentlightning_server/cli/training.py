@@ -10,13 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
-from agentlightning.bridge import LearningSettings
 from agentlightning.errors import InvalidInput
-from agentlightning.learning import AIR, CREDIT, Estimator
+from agentlightning.learning import Estimator
+from agentlightning.named_learning import NamedLearning
 from agentlightning.tasks import load_tasks
 from agentlightning.types import Limits, Task
 from agentlightning_server.cli import options
-from agentlightning_server.cli.options import policies_of, say, selector_of, trained_of
+from agentlightning_server.cli.option_groups import LEARNING, UPDATE, Given, learning_of, option_group
+from agentlightning_server.cli.options import policies_of, say, trained_of
 from agentlightning_server.cli.progress import ProgressReporter
 from agentlightning_server.engines.embedded.settings import DEFAULT_MODEL, EmbeddedSettings
 from agentlightning_server.settings import Settings
@@ -25,6 +26,8 @@ from agentlightning_server.training.local import LocalServer, RunnerSettings, tr
 from agentlightning_server.training.trainer import TrainResult, TrainSettings
 
 
+@option_group("update", UPDATE)
+@option_group("learning", LEARNING)
 def train(
     agent: Annotated[
         str | None,
@@ -40,16 +43,17 @@ def train(
     ),
     steps: Annotated[int, typer.Option(min=1, help="Policy updates.")] = 10,
     tasks_per_step: Annotated[int, typer.Option(min=1)] = 8,
-    group_size: Annotated[int, typer.Option(min=2, help="Rollouts per task, compared with each other.")] = 8,
+    group_size: Annotated[
+        int, typer.Option(min=1, help="Rollouts per task, compared with each other; 1 needs --critic.")
+    ] = 8,
+    dynamic_rounds: Annotated[
+        int,
+        typer.Option(min=1, help="Rounds of further tasks until enough groups differ (DAPO); 1 for none."),
+    ] = 1,
     learning_rate: Annotated[float, typer.Option(min=0)] = 1e-5,
     lora_rank: options.LoraRankOption = 0,
     policies: options.PoliciesOption = None,
     train_policies: options.TrainPoliciesOption = None,
-    estimator: Annotated[Estimator, typer.Option(help="Group baseline.")] = Estimator.GRPO,
-    credit: Annotated[str, typer.Option(help=f"Credit assignment: {', '.join(CREDIT)}.")] = "identical",
-    air: Annotated[bool, typer.Option(help="Automatic intermediate rewards from tool outcomes.")] = True,
-    agents: options.AgentsOption = None,
-    select: options.SelectOption = None,
     upstreams: options.UpstreamsOption = None,
     seed: int = 0,
     eval_every: Annotated[int, typer.Option(min=0)] = 0,
@@ -61,17 +65,16 @@ def train(
     port: options.PortOption = 0,
     admin_key: options.AdminKeyOption = None,
     as_json: options.JsonOption = False,
+    *,
+    learning: Given,
+    update: Given,
 ) -> None:
     """Train the policy behind an agent with reinforcement learning, or one for each agent of a flow."""
-    if credit not in CREDIT:
-        raise InvalidInput(f"unknown credit assignment '{credit}'; choose from {', '.join(CREDIT)}")
     served = policies_of(policies)
-    learning = LearningSettings(
-        air=AIR() if air else None,
-        select=selector_of(agents, select),
-        credit=CREDIT[credit],
-        estimator=estimator,
+    engine = EmbeddedSettings(
+        model=model, policies=served, learning_rate=learning_rate, lora_rank=lora_rank, seed=seed, **update
     )
+    _check_comparable(group_size, engine, learning)
     training = TrainSettings(
         run_id=run_id_of(output),
         output=output,
@@ -81,17 +84,23 @@ def train(
         seed=seed,
         eval_every=eval_every,
         checkpoint_every=checkpoint_every,
-        learning=learning,
+        learning=learning_of(learning),
+        learning_names=NamedLearning().changed(learning).to_json(),
+        max_rounds=dynamic_rounds,
         policies=trained_of(served, train_policies),
         limits=Limits(start_to_close_s=timeout),
-    )
-    engine = EmbeddedSettings(
-        model=model, policies=served, learning_rate=learning_rate, lora_rank=lora_rank, seed=seed
     )
     server = Settings(host=host, port=port, admin_key=admin_key, upstreams=upstreams)
     runner = RunnerSettings(agent, concurrency, tracer) if agent else None
     held_out = load_tasks(val, split="val") if val is not None else []
     _run(runner, training, engine, server, load_tasks(tasks), held_out, as_json)
+
+
+def _check_comparable(group_size: int, engine: EmbeddedSettings, learning: Given) -> None:
+    """One rollout per task has nothing to be compared with, but by a critic or with the whole batch."""
+    whole_batch = learning.get("estimator") is Estimator.REINFORCE_PP
+    if group_size < 2 and not engine.critic and not whole_batch:
+        raise InvalidInput("--group-size 1 leaves nothing to compare: add --critic, or take 2 or more")
 
 
 def evaluate(

@@ -60,6 +60,9 @@ class TrainSettings:
     checkpoint_every: int = 5
     """Steps between checkpoints; steps since the last one are replayed from stored rollouts on resume."""
     learning: LearningSettings = field(default_factory=LearningSettings)
+    learning_names: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The learning settings in words (`NamedLearning.to_json`), where they have any, for the run's file:
+    `agl rescore` reads them there, and a run goes on with the same ones only."""
     policies: Sequence[str] = ()
     """Policies to train from the same episodes, each on its own calls; none for `learning.policy` alone."""
     max_rounds: int = 1
@@ -145,6 +148,7 @@ class Trainer:
         """What must stay the same for a run to be continued."""
         settings, learning = self._settings, self._settings.learning
         return {
+            **settings.learning_names,
             "model": self._engine.base_model,
             "seed": settings.seed,
             "tasks": digest_of(train),
