@@ -96,7 +96,18 @@ def test_spans_go_to_the_traces_endpoint_with_the_key(name: str) -> None:
         headers = receiver.headers[0]
     assert headers[":path"] == "/v1/traces"
     assert headers["authorization"] == "Bearer k1"
-    assert headers["content-encoding"] == "gzip"
+
+
+@both
+@pytest.mark.parametrize(("host", "encoding"), [("127.0.0.1", None), ("0.0.0.0", "gzip")])
+def test_spans_are_compressed_for_another_machine_only(name: str, host: str, encoding: str | None) -> None:
+    with SpanReceiver() as receiver:
+        receiver.url = receiver.url.replace("127.0.0.1", host)
+        with started(name, receiver) as tracer:
+            tracer.start_span("x", attributes={"text": "t" * 10_000}).end()
+            assert tracer.flush()
+    assert receiver.headers[0].get("content-encoding") == encoding
+    assert [span.attributes["text"] for span in receiver.spans] == ["t" * 10_000]
 
 
 @both
