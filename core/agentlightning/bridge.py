@@ -287,6 +287,16 @@ def update_of(group_id: str) -> tuple[str, int]:
     return (match["step"], int(match["retry"] or 0)) if match else ("", 0)
 
 
+def counts(rollout: Rollout) -> bool:
+    """Whether a rollout can be learned from: it succeeded, or somebody's own run ended with an exception.
+
+    A rollout that a worker ran and that failed is retried and then given up, for its agent is broken. A live
+    one ended as it ended, and a reward for that is the lesson.
+    """
+    failed_live = rollout.mode is Mode.LIVE and rollout.status is RolloutStatus.FAILED
+    return rollout.status is RolloutStatus.SUCCEEDED or failed_live
+
+
 def deciding_attempt(attempts: Sequence[Attempt]) -> Attempt | None:
     """The attempt that counts: the one that succeeded, else the latest; None when there was none."""
     good = [a for a in attempts if a.status is AttemptStatus.SUCCEEDED]

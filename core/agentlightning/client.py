@@ -80,7 +80,7 @@ class LightningClient:
         self._transport_error = httpx.TransportError
         self._http = httpx.Client(
             base_url=self.url,
-            headers={"Authorization": f"Bearer {key}"},
+            headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(TIMEOUT_S, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
         )

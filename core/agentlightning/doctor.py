@@ -13,6 +13,7 @@ from enum import StrEnum
 from agentlightning.bridge import (
     LearningSettings,
     RolloutService,
+    counts,
     deciding_attempt,
     learnable_groups,
     make_batch,
@@ -102,7 +103,7 @@ def _episodes(
     findings: list[Finding] = []
     for record in recorded:
         attempt = deciding_attempt(record.attempts)
-        if attempt is None or record.rollout.status is not RolloutStatus.SUCCEEDED:
+        if attempt is None or not counts(record.rollout):
             continue
         try:
             episode = read_episode(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 
-from agentlightning.bridge import deciding_attempt
+from agentlightning.bridge import counts, deciding_attempt
 from agentlightning.doctor import Recorded
 from agentlightning.errors import InvalidInput, InvalidSpans
 from agentlightning.learning import AIR, Credit, Selector, apply_air, identical, select
@@ -79,7 +79,7 @@ def transition_rows(recorded: Iterable[Recorded], settings: ExportSettings, repo
     """One row per call, rollout by rollout. Rollouts that cannot be read are counted in the report."""
     for record in recorded:
         attempt = deciding_attempt(record.attempts)
-        if attempt is None or record.rollout.status is not RolloutStatus.SUCCEEDED:
+        if attempt is None or not counts(record.rollout):
             report.problems[f"rollout {record.rollout.status}"] += 1
             continue
         try:

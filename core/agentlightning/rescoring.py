@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from agentlightning.bridge import (
     LearningSettings,
     advantages,
+    counts,
     deciding_attempt,
     learnable_groups,
     update_of,
@@ -26,7 +27,7 @@ from agentlightning.doctor import Recorded
 from agentlightning.errors import InvalidInput, NothingToLearn
 from agentlightning.learning import apply_air
 from agentlightning.reading import read_episode
-from agentlightning.types import Episode, Mode, RolloutStatus, Transition
+from agentlightning.types import Episode, Mode, Transition
 
 if TYPE_CHECKING:
     from agentlightning.types import Floats
@@ -221,7 +222,7 @@ def training_episodes(recorded: Iterable[Recorded]) -> tuple[list[Episode], Coun
 def read_recorded(record: Recorded) -> Episode:
     """Its episode, without AIR's rewards. Raises InvalidInput for a rollout that did not succeed."""
     attempt = deciding_attempt(record.attempts)
-    if attempt is None or record.rollout.status is not RolloutStatus.SUCCEEDED:
+    if attempt is None or not counts(record.rollout):
         raise InvalidInput(f"rollout {record.rollout.status}")
     return read_episode(record.rollout, attempt, record.spans)
 

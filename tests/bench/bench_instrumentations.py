@@ -83,7 +83,11 @@ def measure(framework: str) -> dict[str, float]:
 
 
 def _per_call(framework: str, least: Mapping[str, list[float]]) -> dict[str, float]:
-    """What each recorder adds, from the CPU seconds of the three shapes."""
+    """What each recorder adds, from the CPU seconds of the three shapes.
+
+    `turn` is one model call with one tool call, and is measured best: telling its two parts apart subtracts
+    numbers that are much larger than the difference.
+    """
     results: dict[str, float] = {}
     for name, seconds in least.items():
         if name == "none":
@@ -91,10 +95,10 @@ def _per_call(framework: str, least: Mapping[str, list[float]]) -> dict[str, flo
         one, single, several = (
             1e6 * (with_it - without) for with_it, without in zip(seconds, least["none"], strict=True)
         )
+        turn = (single - one) / TURNS
         tool = (several - single) / (TURNS * (MORE_TOOLS - 1))
-        results[f"{framework}_{name}_run_us"] = round(one, 1)
-        results[f"{framework}_{name}_tool_call_us"] = round(tool, 1)
-        results[f"{framework}_{name}_llm_call_us"] = round((single - one) / TURNS - tool, 1)
+        values = {"turn": turn, "tool_call": tool, "llm_call": turn - tool, "run": one}
+        results |= {f"{framework}_{name}_{what}_us": round(value, 1) for what, value in values.items()}
     return results
 
 

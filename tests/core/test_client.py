@@ -236,3 +236,8 @@ def test_json_of_any_shape_is_read_or_refused(junk: object, fields: object) -> N
         ):
             with contextlib.suppress(errors.InvalidInput):
                 read(body)
+
+
+def test_a_client_without_a_key_is_told_that_one_is_missing(server: StoreServer) -> None:
+    with LightningClient(server.url, "") as client, pytest.raises(errors.PermissionDenied, match="key"):
+        client.rollouts()

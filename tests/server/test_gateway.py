@@ -268,3 +268,8 @@ def test_an_error_that_nobody_foresaw_leaves_the_connection_as_it_was(
         sockets.add(answered.extensions["network_stream"].get_extra_info("client_addr"))
     assert answered.status_code == 200
     assert len(sockets) == 1
+
+
+def test_the_responses_api_is_refused_with_what_to_use_instead(server: LocalServer) -> None:
+    with client_of(server) as client, pytest.raises(openai.NotFoundError, match="/v1/chat/completions"):
+        client.responses.create(model="policy", input="hello")

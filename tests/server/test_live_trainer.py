@@ -5,11 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.support.spans import gateway_call
+from tests.support.spans import gateway_call, span
 from tests.support.waiting import wait_until
 
 from agentlightning import semconv
-from agentlightning.types import Batch, Reward, live_attempt_id, live_rollout_id
+from agentlightning.types import (
+    Batch,
+    Reward,
+    RolloutStatus,
+    SpanStatus,
+    live_attempt_id,
+    live_rollout_id,
+)
 from agentlightning_server.store import Store
 from agentlightning_server.training.live import LiveSettings, LiveTrainer
 
@@ -132,3 +139,17 @@ def test_several_policies_learn_each_from_its_own_calls_while_these_are_fresh(tm
     assert (record.version, record.versions) == (4, {"writer": 4, "rewriter": 10})
     assert record.update_s == 4.0
     assert set(record.update) == {"writer/loss", "writer/seconds", "rewriter/loss", "rewriter/seconds"}
+
+
+def test_a_rewarded_run_that_ended_with_an_exception_is_learned_from(tmp_path: Path) -> None:
+    engine: Any = FailsOnce()
+    engine.tried = 1
+    records: list[Any] = []
+    with Store(tmp_path / "store.db") as store:
+        trace_id = f"{1:032x}"
+        store.add_spans([span("invoke_agent a", 9, {}, trace_id=trace_id, status=SpanStatus.ERROR)])
+        rewarded(store, 0)
+        rewarded(store, 1)
+        assert store.rollout(live_rollout_id(trace_id)).status is RolloutStatus.FAILED
+        assert LiveTrainer(engine, store, LiveSettings(tmp_path, batch_size=2), records.append).step()
+    assert [record.episodes for record in records] == [2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -104,7 +105,12 @@ def serve(
     ).with_admin_key()
     engine = load_engine(
         EmbeddedSettings(
-            model=model, policies=served, learning_rate=learning_rate, lora_rank=lora_rank, **update
+            model=model,
+            policies=served,
+            learning_rate=learning_rate,
+            lora_rank=lora_rank,
+            seed=secrets.randbits(31),  # a restart must not say the same things again
+            **update,
         )
     )
     if checkpoint is not None:

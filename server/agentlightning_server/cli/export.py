@@ -30,7 +30,9 @@ from agentlightning_server.cli.sources import Source, stored
 
 export = typer.Typer(no_args_is_help=True, help="Write what was recorded as files for other tools.")
 GATEWAY: Final = (
-    "send the agent's calls to the gateway (OPENAI_BASE_URL=URL/v1), its spans to the same server"
+    "send the agent's calls to the gateway (OPENAI_BASE_URL=URL/v1), its spans to the same server, and where "
+    "no adapter of ours joins them name their rollout to both (README: OTEL_RESOURCE_ATTRIBUTES, "
+    "OPENAI_CUSTOM_HEADERS)"
 )
 
 

@@ -80,7 +80,9 @@ def parse_chat_request(body: object) -> ChatRequest:
         return_token_ids=fields.get("return_token_ids") is True,
         schema=response_schema(fields.get("response_format")),
         must_call=_must_call(fields.get("tool_choice"), tools),
-        parallel_tool_calls=fields.get("parallel_tool_calls") is not False,
+        # A function that is named is called once, as with OpenAI.
+        parallel_tool_calls=fields.get("parallel_tool_calls") is not False
+        and not isinstance(fields.get("tool_choice"), Mapping),
     )
 
 

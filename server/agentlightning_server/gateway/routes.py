@@ -15,7 +15,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from agentlightning import semconv
-from agentlightning.errors import InvalidInput
+from agentlightning.errors import InvalidInput, NotFound
 from agentlightning.types import JsonObject
 from agentlightning_server.auth import Principal, guard_attempt, principal
 from agentlightning_server.gateway.recording import Caller
@@ -59,9 +59,16 @@ def gateway_routes(gateway: Gateway) -> list[Route]:
         policy = gateway.policy_of(name)
         return json_response(_model(policy, policy_version=dict(gateway.models)[policy]))
 
+    async def responses(_: Request) -> Response:
+        raise NotFound(
+            "this server speaks chat completions: use /v1/chat/completions (with the OpenAI Agents SDK the "
+            "adapter sees to it, or set_default_openai_api('chat_completions'))"
+        )
+
     routes: list[Route] = []
     for prefix in ("", ATTEMPT_PREFIX):
         routes.append(Route(f"{prefix}/v1/chat/completions", chat, methods=["POST"]))
+        routes.append(Route(f"{prefix}/v1/responses", responses, methods=["POST"]))
         routes.append(Route(f"{prefix}/v1/models", models, methods=["GET"]))
         routes.append(Route(f"{prefix}/v1/models/{{model:path}}", model, methods=["GET"]))
     return routes

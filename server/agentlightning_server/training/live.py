@@ -16,11 +16,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from agentlightning.bridge import LearningSettings, deciding_attempt
+from agentlightning.bridge import LearningSettings, counts, deciding_attempt
 from agentlightning.errors import AgentLightningError
 from agentlightning.learning import apply_air
 from agentlightning.reading import read_episode
-from agentlightning.types import Episode, Mode, Rollout, RolloutStatus
+from agentlightning.types import Episode, Mode, Rollout
 from agentlightning_server.engines.base import Engine
 from agentlightning_server.store import RolloutFilter, Store
 from agentlightning_server.training.reporting import StepRecord, tool_call_share
@@ -132,7 +132,7 @@ class LiveTrainer:
                 after = rollout.id
                 if rollout.id not in self._used:
                     contiguous = False
-                    if rollout.status is RolloutStatus.SUCCEEDED:
+                    if counts(rollout):
                         yield rollout
                 elif contiguous:
                     self._after = rollout.id
