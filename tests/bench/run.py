@@ -30,8 +30,9 @@ def main() -> None:
     """Run every part and write the file."""
     path = ROOT / "results" / "bench.json"
     chosen = sys.argv[1:] or PARTS
-    kept = json.loads(path.read_text()) if sys.argv[1:] and path.exists() else {}
-    results: dict[str, object] = dict(kept)
+    results: dict[str, object] = {}
+    if sys.argv[1:] and path.exists():
+        results = json.loads(path.read_text())
     for name in chosen:
         print(f"{name} ...", flush=True)
         part = importlib.import_module(f"tests.bench.{name}")

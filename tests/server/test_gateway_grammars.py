@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletion
 from pydantic import BaseModel
 from tests.support.serving import serving, tiny_engine
 
@@ -101,7 +102,8 @@ def test_a_call_can_be_demanded(client: openai.OpenAI, choice: Any, names: set[s
     if choice == "required":  # one that is named is called once anyway
         asked["parallel_tool_calls"] = False
     for seed in range(6):
-        answer = client.chat.completions.create(model="policy", messages=HELLO, seed=seed, **asked)
+        create: Any = client.chat.completions.create  # its overloads do not take a dict
+        answer: ChatCompletion = create(model="policy", messages=HELLO, seed=seed, **asked)
         (call,) = answer.choices[0].message.tool_calls or []
         assert call.type == "function"
         assert json.loads(call.function.arguments)["x"] in {"f": ("a", "b"), "g": ("c",)}[call.function.name]

@@ -147,7 +147,8 @@ def test_a_rewarded_run_that_ended_with_an_exception_is_learned_from(tmp_path: P
     records: list[Any] = []
     with Store(tmp_path / "store.db") as store:
         trace_id = f"{1:032x}"
-        store.add_spans([span("invoke_agent a", 9, {}, trace_id=trace_id, status=SpanStatus.ERROR)])
+        failed: dict[str, Any] = {"trace_id": trace_id, "rollout_id": None, "attempt_id": None}
+        store.add_spans([span("invoke_agent a", 9, {}, status=SpanStatus.ERROR, **failed)])
         rewarded(store, 0)
         rewarded(store, 1)
         assert store.rollout(live_rollout_id(trace_id)).status is RolloutStatus.FAILED
