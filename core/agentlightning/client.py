@@ -188,7 +188,13 @@ class LightningClient:
         # The time makes the reward's id, so that a repeated request does not count twice.
         reward = Reward(finite(value, "value"), name, target, time.time_ns())
         body = {**reward_to_json(reward), "attempt_id": attempt_id}
-        return self._post(f"/api/rollouts/{_quote(rollout_id)}/rewards", body).text("attempt_id")
+        path = f"/api/rollouts/{_quote(rollout_id)}/rewards"
+        try:
+            return self._post(path, body).text("attempt_id")
+        except errors.NotFound:
+            if not _sent_what_waited():
+                raise
+        return self._post(path, body).text("attempt_id")
 
     # --- work ------------------------------------------------------------------------------------
 
@@ -273,6 +279,14 @@ class LightningClient:
                 wait_s = _retry_after_s(response)
             self._sleep(max(wait_s, _backoff_s(number)))
         raise AssertionError("unreachable")
+
+
+def _sent_what_waited() -> bool:
+    """Send this process's waiting spans: a run that just ended may be among them. False where none can be."""
+    from agentlightning.tracing import get_tracer
+
+    tracer = get_tracer()
+    return tracer.enabled and tracer.flush()
 
 
 def error_of(response: httpx.Response) -> errors.AgentLightningError:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from agentlightning.errors import InvalidInput, InvalidSpans
 from agentlightning.learning import AIR, Credit, Selector, apply_air, identical, select
 from agentlightning.otlp import spans_from_request
 from agentlightning.reading import read_episode, read_trace
+from agentlightning.tracing.values import clean_text
 from agentlightning.types import (
     Attempt,
     AttemptStatus,
@@ -195,7 +197,7 @@ def _row(
 
 def row_to_json(row: Row) -> str:
     """One line of JSON."""
-    return json.dumps(row, ensure_ascii=False, separators=(",", ":"), default=str)
+    return clean_text(json.dumps(row, ensure_ascii=False, separators=(",", ":"), default=str))
 
 
 def _ids(ids: TokenIds) -> list[int]:
@@ -230,7 +232,7 @@ def spans_from_file(path: Path) -> list[Span]:
 
 
 def _spans_from_lines(path: Path, text: str, error: Exception) -> list[Span]:
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise InvalidSpans(f"{path} is empty: write OTLP/JSON traces, one request or one a line")
     if not lines[0][1].lstrip().startswith("{"):
@@ -262,7 +264,7 @@ def _text(path: Path) -> str:
         raise InvalidSpans(
             f"{path} is not UTF-8 text (byte {error.start}); protobuf is not read here"
         ) from error
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InvalidSpans(f"{path} is not a whole gzip file: {error}") from error
     except OSError as error:
         raise InvalidSpans(f"cannot read {path}: {error.strerror}") from error

@@ -7,7 +7,6 @@ only logged.
 
 from __future__ import annotations
 
-import math
 import time
 
 from agentlightning import semconv
@@ -16,6 +15,7 @@ from agentlightning.errors import InvalidReward
 from agentlightning.tracing.guard import guarded, warn
 from agentlightning.tracing.process import get_tracer
 from agentlightning.types import AttributeValue, Reward
+from agentlightning.wire import FLOAT32_MAX
 
 
 def emit_reward(value: float, name: str = "reward", target: str | None = None) -> Reward:
@@ -39,7 +39,7 @@ def checked_reward(value: object, name: object = "reward", target: object = None
         number = float(value)  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InvalidReward(f"A reward must be one number, not {value!r:.80}: {error}.") from None
-    if not math.isfinite(number):
+    if not abs(number) <= FLOAT32_MAX:
         raise InvalidReward(
             f"A reward must be finite, not {number}. Decide what a failed measurement is worth."
         )

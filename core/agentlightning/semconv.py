@@ -65,6 +65,9 @@ REWARD_VALUE: Final = "agentlightning.reward.value"
 REWARD_NAME: Final = "agentlightning.reward.name"
 REWARD_TARGET: Final = "agentlightning.reward.target_span_id"
 
+INTERRUPTED: Final = "interrupted"
+"""Event of a span that ended because a person is to be asked; what follows has a span of its own."""
+
 SCOPE_GATEWAY: Final = "agentlightning.gateway"
 SCOPE_REWARD: Final = "agentlightning.reward"
 

@@ -18,7 +18,7 @@ def load_tasks(path: Path, *, split: str = "train") -> list[Task]:
     JSON value, which is the input itself. Raises InvalidTaskFile naming the file and line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028, which JSON texts may hold
     except OSError as error:
         raise InvalidTaskFile(f"cannot read task file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

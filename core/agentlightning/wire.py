@@ -242,13 +242,16 @@ def reward_from_json(body: object, place: str = "reward") -> Reward:
     )
 
 
+FLOAT32_MAX = 3.4028234663852886e38
+
+
 def finite(value: object, place: str) -> float:
-    """The value as a float. Raises InvalidReward when it is not a finite number."""
+    """The value as a float. Raises InvalidReward when it is not finite in single precision, which learns."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         try:
             number = float(value)
         except OverflowError:
             number = math.inf
-        if math.isfinite(number):
+        if abs(number) <= FLOAT32_MAX:
             return number
     raise InvalidReward(f"{place} must be a finite number, got {value!r:.80}")

@@ -206,7 +206,7 @@ attempts = st.builds(
 )
 rewards = st.builds(
     Reward,
-    value=st.floats(allow_nan=False, allow_infinity=False),
+    value=st.floats(allow_nan=False, allow_infinity=False, width=32),
     name=texts,
     target=st.none() | texts,
     time_ns=naturals,

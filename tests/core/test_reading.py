@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from tests.support.spans import (
@@ -18,7 +19,7 @@ from tests.support.spans import (
 from agentlightning import semconv
 from agentlightning.errors import InvalidInput
 from agentlightning.reading import join_calls, read_episode, read_trace
-from agentlightning.types import Span, SpanStatus, ToolStatus
+from agentlightning.types import Span, SpanEvent, SpanStatus, ToolStatus
 
 
 def episode_of(spans: list[Span]):  # noqa: ANN201
@@ -203,3 +204,17 @@ def test_attributes_of_the_wrong_type_never_raise() -> None:
     (call,) = join_calls(read_trace([span("chat", 1, strange)])).calls
     assert call.messages == []
     assert call.temperature == 1.0
+
+
+def test_a_tool_call_that_waits_for_a_person_is_none_until_it_goes_on() -> None:
+    waiting = tool(1, "ask")
+    attributes = {name: v for name, v in waiting.attributes.items() if name != semconv.TOOL_STATUS}
+    waiting = replace(waiting, attributes=attributes, events=[SpanEvent(semconv.INTERRUPTED, 2)])
+    trace = read_trace([waiting, tool(5, "ask", result="because")])
+    assert [call.result for call in trace.tool_calls] == ["because"]
+
+
+def test_an_agent_that_came_to_itself_again_ran_twice() -> None:
+    outer = agent_run(1, "b", scope="agentlightning.openai_agents", end_ns=50)
+    inner = agent_run(5, "b", scope="agentlightning.openai_agents", parent_id=outer.span_id)
+    assert [run.name for run in read_trace([outer, inner]).agent_runs] == ["b", "b"]

@@ -44,3 +44,9 @@ def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(InvalidTaskFile, match="not UTF-8"):
         load_tasks(tmp_path / "b.jsonl")
+
+
+def test_a_separator_that_json_texts_may_hold_ends_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.jsonl"
+    path.write_text('{"input": "a\u2028b"}\r\n{"input": "c"}\n', encoding="utf-8", newline="")
+    assert [task.input for task in load_tasks(path)] == ["a\u2028b", "c"]

@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -537,3 +539,76 @@ def test_guarded_hooks_log_once_and_count() -> None:
     place = f"{broken.__module__}.{broken.__qualname__}"
     assert [safe(), safe()] == [None, None]
     assert failures[place] == 2
+
+
+@both
+def test_texts_that_utf8_cannot_hold_cost_no_span(name: str) -> None:
+    with SpanReceiver() as receiver, started(name, receiver) as tracer:
+        first = tracer.start_span("a \udcff", attributes={"key \udcff": "v"})
+        first.event("event \udcff")
+        first.end(SpanStatus.ERROR, "file \udcff.txt")
+        tracer.start_span("neighbour").end()
+        assert tracer.flush(10)
+        assert tracer.dropped == 0
+        assert sorted(span.name for span in receiver.spans) == ["a \ufffd", "neighbour"]
+        (bad,) = [span for span in receiver.spans if span.name != "neighbour"]
+    assert (bad.status_message, bad.attributes["key \ufffd"]) == ("file \ufffd.txt", "v")
+
+
+def test_a_span_that_the_server_refuses_does_not_cost_the_others() -> None:
+    with SpanReceiver() as receiver, started("light", receiver) as tracer:
+        receiver.answers.extend([(400, b"no"), (400, b"no")])  # the whole, and its first half
+        for text in ("a", "b"):
+            tracer.start_span(text).end()
+        tracer.flush(10)
+        assert [span.name for span in receiver.spans] == ["b"]
+        assert tracer.dropped == 1
+
+
+@both
+def test_a_redirect_gets_no_key_and_is_a_loss_that_is_told(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with SpanReceiver() as receiver:
+
+        class Elsewhere(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["content-length"]))
+                self.send_response(302)
+                self.send_header("location", f"{receiver.url}/v1/traces")
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None: ...  # pyright: ignore[reportIncompatibleMethodOverride]
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server, caplog.at_level(logging.WARNING):
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+            tracer = build_tracer(f"http://127.0.0.1:{server.server_address[1]}", "secret", name)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+            tracer.start_span("x").end()
+            tracer.flush(10)
+            assert tracer.dropped == 1
+            tracer.shutdown()
+            server.shutdown()
+        assert not receiver.headers
+    assert "redirects to" in caplog.text
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@both
+def test_an_exception_that_cannot_be_asked_is_recorded_and_comes_out_as_it_was(name: Any) -> None:
+    odd: Any = {"when": datetime.now(UTC), "thing": object()}
+    with SpanReceiver() as receiver:
+        configure(receiver.url, tracer=name)
+        try:
+            with pytest.raises(Mute), trace("task", odd):
+                raise Mute
+            assert get_tracer().flush(10)
+        finally:
+            configure("")
+    (span,) = receiver.spans
+    assert (span.status, span.status_message) == (SpanStatus.ERROR, "Mute")
+    assert str(span.attributes["when"]).startswith('"20')

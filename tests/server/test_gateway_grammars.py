@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
 from collections.abc import Generator
 from dataclasses import replace
 from typing import Any, Literal
@@ -187,3 +189,41 @@ def test_requests_with_and_without_a_grammar_do_not_disturb_each_other(engine: E
 
     alone, beside = asyncio.run(main())
     assert alone == beside
+
+
+def test_compiling_a_large_schema_keeps_nobody_waiting(server: LocalServer, client: openai.OpenAI) -> None:
+    properties = {f"p{i}": {"anyOf": [{"type": "string"}, {"type": "integer"}]} for i in range(1500)}
+    schema: Any = {"name": "large", "schema": {"type": "object", "properties": properties}}
+    waits: list[float] = []
+    done = threading.Event()
+
+    def ask_for_models() -> None:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key) as other:
+            while not done.is_set():
+                began = time.monotonic()
+                other.models.list()
+                waits.append(time.monotonic() - began)
+
+    asking = threading.Thread(target=ask_for_models)
+    asking.start()
+    began = time.monotonic()
+    client.chat.completions.create(
+        model="policy",
+        messages=HELLO,
+        n=16,
+        max_tokens=2,
+        response_format={"type": "json_schema", "json_schema": schema},
+    )
+    took = time.monotonic() - began
+    done.set()
+    asking.join()
+    assert len(waits) > 3, "others were answered meanwhile"
+    assert max(waits) < took
+
+
+def test_a_schema_beyond_the_limit_is_refused(client: openai.OpenAI) -> None:
+    schema: Any = {"name": "huge", "schema": {"enum": [f"value number {i}" for i in range(20_000)]}}
+    with pytest.raises(openai.BadRequestError, match="ask for less"):
+        client.chat.completions.create(
+            model="policy", messages=HELLO, response_format={"type": "json_schema", "json_schema": schema}
+        )

@@ -11,7 +11,7 @@ from agentlightning.context import SpanRef, open_span, stream_under, use_open_sp
 from agentlightning.tracing import SpanHandle, get_tracer
 from agentlightning.tracing.genai import Where, start_agent
 from agentlightning.tracing.guard import guarded
-from agentlightning.tracing.process import end_with_error
+from agentlightning.tracing.process import end_well, end_with_error
 
 SCOPE: Final = "agentlightning.autogen"
 
@@ -43,7 +43,7 @@ def agent_span(name: str) -> Generator[None]:
     except BaseException as error:
         end_with_error(span, error)
         raise
-    span.end()
+    end_well(span)
 
 
 def wrap_run(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
@@ -70,12 +70,12 @@ def wrap_run_stream(
             async for item in stream_under(span.ref, stream):
                 yield item
         except GeneratorExit:
-            span.end()  # the consumer had enough, which is not the agent's failure
+            end_well(span)  # the consumer had enough, which is not the agent's failure
             raise
         except BaseException as error:
             end_with_error(span, error)
             raise
-        span.end()
+        end_well(span)
 
     return run_stream
 

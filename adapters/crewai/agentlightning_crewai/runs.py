@@ -24,7 +24,7 @@ from agentlightning.context import SpanRef, open_span, use_open_span
 from agentlightning.tracing import SpanHandle, get_tracer
 from agentlightning.tracing.genai import Where, start_agent
 from agentlightning.tracing.guard import guarded
-from agentlightning.tracing.process import end_with_error
+from agentlightning.tracing.process import end_well, end_with_error
 
 SCOPE: Final = "agentlightning.crewai"
 
@@ -186,7 +186,7 @@ def _running(owner: object, steps: Sequence[str] | None) -> Generator[None]:
             raise
         finally:
             _run.set(outer)
-    span.end()
+    end_well(span)
 
 
 @guarded

@@ -262,7 +262,7 @@ class Recorder:
             return
         self._close(run)
         if _is_control_flow(error):
-            run.span.event("interrupted")
+            run.span.event(semconv.INTERRUPTED)
             run.span.end()
             return
         agent = owner(run.parent)
@@ -333,7 +333,7 @@ class Recorder:
         if run.span is None:
             return
         if _is_control_flow(error):
-            run.span.event("interrupted")
+            run.span.event(semconv.INTERRUPTED)
             run.span.end()
         else:
             end_with_error(run.span, error)

@@ -18,6 +18,7 @@ from agents.items import ToolApprovalItem
 from agents.tool import FunctionTool, FunctionToolResult
 from openai.types.responses import ResponseFunctionToolCall
 
+from agentlightning import semconv
 from agentlightning.context import open_span, use_open_span
 from agentlightning.tracing import SpanHandle, get_tracer
 from agentlightning.tracing.genai import end_tool, start_tool
@@ -40,7 +41,7 @@ class _Execution:
     def answered(self, result: Any) -> None:
         item = result.run_item if isinstance(result, FunctionToolResult) else None
         if isinstance(item, ToolApprovalItem):
-            self.span.event("interrupted")
+            self.span.event(semconv.INTERRUPTED)
             self.span.end()
         elif item is not None:
             self._end(ToolStatus.RAISED, result.output, str(result.output))

@@ -10,7 +10,7 @@ our adapter. Two model calls are one when
 
 Two tool calls, or two runs of an agent, are one when different instrumentations wrote them, their times
 overlap, they have the same name, and nothing that both know (call id, arguments) differs. So are two runs of
-one agent directly inside each other.
+one agent directly inside each other, unless both are ours.
 Ours is kept, else the outer one, because it knows who asked; from the other it takes only what it lacks, and
 a failure, which not every instrumentation notices. Sent-again requests inside one outer call are one call.
 Invariant: what remains is untouched in order, and every id that went away points to the record that has it.
@@ -116,6 +116,8 @@ def distinct_agents(runs: Sequence[AgentRun], writers: Writers) -> tuple[list[Ag
     """One record of each agent's run, and where those that went away have gone."""
 
     def same(a: AgentRun, b: AgentRun, elsewhere: bool) -> bool:
+        if a.span_id in writers.own and b.span_id in writers.own:
+            return False  # an agent that came to itself again, by handoffs or as its own tool
         return a.name == b.name and (elsewhere or writers.inside(b.span_id, a.span_id))
 
     return _distinct(runs, same, lambda kept, other: replace(kept, error=kept.error or other.error), writers)

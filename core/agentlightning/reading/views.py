@@ -7,7 +7,6 @@ silently.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +15,7 @@ from agentlightning.reading import attributes as read
 from agentlightning.reading.dialects import Kind, is_own, recognise
 from agentlightning.reading.duplicates import Writers, distinct_agents, distinct_calls, distinct_tools
 from agentlightning.types import AgentRun, LLMCall, Message, Reward, Span, ToolCall
+from agentlightning.wire import FLOAT32_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ def _with_agent(tool: ToolCall, names: Mapping[str, str], parents: Mapping[str, 
 
 def _reward(span: Span) -> list[Reward]:
     value = read.number(span.attributes, semconv.REWARD_VALUE)
-    if value is None or not math.isfinite(value):
+    if value is None or not abs(value) <= FLOAT32_MAX:
         return []
     return [
         Reward(

@@ -102,7 +102,7 @@ class _NoSpan:
     ) -> None: ...
 
 
-_NO_SPAN: Final = _NoSpan()
+NO_SPAN: Final = _NoSpan()
 
 
 class NoTracer:
@@ -121,7 +121,7 @@ class NoTracer:
         start_ns: int | None = None,
         scope: str = SCOPE,
     ) -> SpanHandle:
-        return _NO_SPAN
+        return NO_SPAN
 
     def flush(self, timeout_s: float = 5.0) -> bool:
         return True

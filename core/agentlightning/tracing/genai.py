@@ -14,6 +14,7 @@ from agentlightning import semconv
 from agentlightning.context import SpanRef
 from agentlightning.messages import messages_to_json, output_to_json
 from agentlightning.tracing.base import SpanHandle, Tracer
+from agentlightning.tracing.guard import text_of_error
 from agentlightning.tracing.values import to_json
 from agentlightning.types import AttributeValue, Message, SpanKind, SpanStatus, ToolStatus
 
@@ -175,7 +176,7 @@ def end_tool(
 
 def _message(error: BaseException | str | None, status: ToolStatus) -> str:
     if isinstance(error, BaseException):
-        return str(error) or type(error).__qualname__
+        return text_of_error(error)
     return error or str(status)
 
 

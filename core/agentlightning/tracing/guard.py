@@ -34,6 +34,14 @@ def guarded(function: Callable[P, R]) -> Callable[P, R | None]:
     return call
 
 
+def text_of_error(error: BaseException) -> str:
+    """What an exception says, its type's name where it says nothing or cannot be asked."""
+    try:
+        return str(error) or type(error).__qualname__
+    except Exception:
+        return type(error).__qualname__
+
+
 def record_failure(place: str, error: BaseException) -> None:
     """Count a failure of telemetry; log the first one of its place."""
     failures[place] += 1
@@ -42,7 +50,7 @@ def record_failure(place: str, error: BaseException) -> None:
             "[non-fatal] %s failed: %s: %s. The agent is unaffected; what this hook records is incomplete.",
             place,
             type(error).__name__,
-            error,
+            text_of_error(error),
             exc_info=error,
         )
 

@@ -14,7 +14,7 @@ from typing import Protocol
 from agentlightning.context import SpanRef, current_rollout
 from agentlightning.tracing.base import NO_ATTRIBUTES, SCOPE
 from agentlightning.tracing.guard import warn
-from agentlightning.tracing.values import clean_attributes
+from agentlightning.tracing.values import clean_attributes, clean_text
 from agentlightning.types import Attributes, AttributeValue, Span, SpanEvent, SpanKind, SpanStatus
 
 
@@ -80,7 +80,8 @@ class LightSpan:
 
     def event(self, name: str, attributes: Attributes = NO_ATTRIBUTES, time_ns: int | None = None) -> None:
         if not self.ref.closed:
-            self._events.append(SpanEvent(name, time_ns or time.time_ns(), clean_attributes(attributes)))
+            when = time_ns or time.time_ns()
+            self._events.append(SpanEvent(clean_text(name), when, clean_attributes(attributes)))
 
     def end(
         self, status: SpanStatus = SpanStatus.UNSET, message: str = "", end_ns: int | None = None
@@ -100,7 +101,7 @@ class LightSpan:
                 start_ns=start_ns,
                 end_ns=end_ns or time.time_ns(),
                 status=status,
-                status_message=message if status is SpanStatus.ERROR else "",
+                status_message=clean_text(message) if status is SpanStatus.ERROR else "",
                 attributes=self._attributes,
                 events=self._events,
                 resource=self._tracer.resource,
@@ -138,7 +139,7 @@ class LightTracer:
         return LightSpan(
             self,
             SpanRef(trace_id, _random_hex(64), parent),
-            name,
+            clean_text(name),
             kind,
             None if parent is None else parent.span_id,
             clean_attributes(attributes),

@@ -80,7 +80,7 @@ class OTelSpan:
 
     def event(self, name: str, attributes: Attributes = NO_ATTRIBUTES, time_ns: int | None = None) -> None:
         if not self.ref.closed:
-            self._span.add_event(name, _attributes(attributes), time_ns)
+            self._span.add_event(clean_text(name), _attributes(attributes), time_ns)
 
     def end(
         self, status: SpanStatus = SpanStatus.UNSET, message: str = "", end_ns: int | None = None
@@ -305,7 +305,12 @@ def _session(key: str, *, compress: bool) -> Any:
                 request.headers["Content-Length"] = str(len(request.body))
             if key:
                 request.headers["Authorization"] = f"Bearer {key}"
-            return super().send(request, **kwargs)
+            kwargs["allow_redirects"] = False  # they would take the key elsewhere
+            response = super().send(request, **kwargs)
+            if 300 <= response.status_code < 400:  # which the exporter takes for success
+                response.status_code = 400
+                response.reason = f"redirects to {response.headers.get('location')}: name that URL instead"
+            return response
 
     return OurSession()
 

@@ -15,8 +15,8 @@ from typing import Literal, get_args
 from agentlightning import context, semconv
 from agentlightning.context import SpanRef, current_rollout, use_open_span
 from agentlightning.errors import InvalidInput
-from agentlightning.tracing.base import NO_ATTRIBUTES, NoTracer, SpanHandle, Tracer
-from agentlightning.tracing.guard import warn
+from agentlightning.tracing.base import NO_ATTRIBUTES, NO_SPAN, NoTracer, SpanHandle, Tracer
+from agentlightning.tracing.guard import guarded, text_of_error, warn
 from agentlightning.types import Attributes, SpanStatus
 
 TracerName = Literal["otel", "light"]
@@ -108,18 +108,32 @@ def trace(name: str, attributes: Attributes = NO_ATTRIBUTES) -> Generator[SpanRe
     Needed only where one task makes several agent runs or bare model calls, or where a reward is emitted
     after them. Its `rollout_id` is for rewards that come later.
     """
-    around = context.open_span()
-    span = get_tracer().start_span(name, parent=around, attributes=attributes)
+    span = _started(name, attributes)
+    if span is None:
+        yield NO_SPAN.ref
+        return
     try:
         with use_open_span(span.ref):
             yield span.ref
     except BaseException as error:
         end_with_error(span, error)
         raise
-    span.end()
+    end_well(span)
 
 
+@guarded
+def _started(name: str, attributes: Attributes) -> SpanHandle | None:
+    return get_tracer().start_span(name, parent=context.open_span(), attributes=attributes)
+
+
+@guarded
 def end_with_error(span: SpanHandle, error: BaseException) -> None:
-    """End a span whose work was ended by this exception, a cancellation included."""
+    """End a span whose work was ended by this exception, a cancellation included. Never raises."""
     span.set({semconv.ERROR_TYPE: type(error).__qualname__})
-    span.end(SpanStatus.ERROR, str(error) or type(error).__qualname__)
+    span.end(SpanStatus.ERROR, text_of_error(error))
+
+
+@guarded
+def end_well(span: SpanHandle) -> None:
+    """End a span whose work went well. Never raises."""
+    span.end()

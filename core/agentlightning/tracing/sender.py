@@ -17,6 +17,8 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from functools import cache
+from http.client import HTTPException
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -158,7 +160,7 @@ class HttpSender:
             if status == 200:
                 self._count_rejected(answer)
                 return
-            if status == 413 and len(batch) > 1:
+            if status in (400, 413) and len(batch) > 1:  # one bad or large span must not cost the others
                 self._deliver(batch[: len(batch) // 2])
                 self._deliver(batch[len(batch) // 2 :])
                 return
@@ -192,14 +194,14 @@ class HttpSender:
         request = urllib.request.Request(self._endpoint, body, headers, method="POST")
         timeout_s = max(0.1, min(REQUEST_TIMEOUT_S, self._give_up_at - time.monotonic()))
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            with _opener().open(request, timeout=timeout_s) as response:
                 return 200, response.read(1 << 20).decode("utf-8", "replace"), None
         except urllib.error.HTTPError as error:
             with error:
                 answer = error.read(1 << 16).decode("utf-8", "replace")
             return error.code, answer, _seconds(error.headers.get("Retry-After"))
-        except (OSError, ValueError) as error:  # ValueError: http.client on a broken answer
-            return None, str(error), None
+        except (OSError, ValueError, HTTPException) as error:  # the last two: an answer that is no HTTP
+            return None, str(error) or type(error).__name__, None
 
     def _count_rejected(self, answer: str) -> None:
         rejected, message = _partial_success(answer)
@@ -210,6 +212,8 @@ class HttpSender:
     def _refused(self, status: int, answer: str, spans: int) -> None:
         self._drop(spans)
         remedy = "Check the key (AGENTLIGHTNING_KEY)." if status in (401, 403) else "Spans are dropped."
+        if 300 <= status < 400:
+            remedy = "It redirects: name the URL that it redirects to (AGENTLIGHTNING_URL)."
         self._warn_once(
             str(status), "%s refused spans with %d: %.300s. %s", self._endpoint, status, answer, remedy
         )
@@ -227,6 +231,18 @@ class HttpSender:
         """In a forked child: start over with an empty queue, the parent sends its own."""
         self.dropped = 0
         self._reset()
+
+
+@cache
+def _opener() -> Any:
+    """Opens URLs as urllib does, but follows no redirect: it would take the key elsewhere."""
+    import urllib.request
+
+    class Stays(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *_: Any, **__: Any) -> None:
+            return None
+
+    return urllib.request.build_opener(Stays)
 
 
 def _partial_success(answer: str) -> tuple[int, str]:

@@ -7,7 +7,7 @@ spans), so both tracers clean values here first and therefore write the same one
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final, cast
 
 from agentlightning.types import Attributes, AttributeValue
@@ -21,7 +21,11 @@ def clean_attributes(attributes: Attributes) -> dict[str, AttributeValue]:
 
     Anything else becomes JSON text.
     """
-    return {key: _clean(value) for key, value in attributes.items() if value is not None}
+    return {
+        key if key.isascii() else clean_text(key): _clean(value)
+        for key, value in attributes.items()
+        if value is not None
+    }
 
 
 def _clean(value: AttributeValue) -> AttributeValue:
@@ -31,9 +35,7 @@ def _clean(value: AttributeValue) -> AttributeValue:
         return value
     if isinstance(value, int):
         return value if -_INT64_MAX <= value <= _INT64_MAX else str(value)
-    if isinstance(value, Mapping):
-        return to_json(value)
-    return _clean_sequence(value)
+    return _clean_sequence(value) if isinstance(value, list | tuple) else to_json(value)
 
 
 def _clean_sequence(values: Sequence[AttributeValue]) -> AttributeValue:
@@ -59,7 +61,7 @@ def to_json(value: object) -> str:
     """
     try:
         return _encode(value)
-    except (TypeError, ValueError, RecursionError):
+    except Exception:  # of the value's own code, too
         return json.dumps(f"<{type(value).__name__}>")
 
 

@@ -106,9 +106,8 @@ def response_schema(value: Any) -> JsonObject | None:
         return None
     if form["type"] == "json_object":
         return {"type": "object"}
-    schema = (
-        cast("Any", form.get("json_schema") or {}).get("schema") if form["type"] == "json_schema" else None
-    )
+    described = form.get("json_schema") if form["type"] == "json_schema" else None
+    schema = cast("Any", described).get("schema") if isinstance(described, Mapping) else None
     if not isinstance(schema, Mapping):
         raise InvalidInput(
             "'response_format' must have the type text, json_object, or json_schema with json_schema.schema"

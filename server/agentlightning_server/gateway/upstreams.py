@@ -30,6 +30,8 @@ from agentlightning.types import JsonObject
 
 CONNECT_S = 10.0  # to reach an endpoint; the answer itself may take the upstream's own `timeout_s`
 MAX_WAIT_S = 86_400.0  # of what an endpoint asks its caller to wait
+MAX_BODY_BYTES = 20 << 20  # of an answer; the longest that models give have some megabytes with logprobs
+MAX_CHOICES = 128  # OpenAI's own limit of n
 _FIELDS: Final = ("url", "model", "key_env", "timeout_s")
 _STREAMING: Final = frozenset({"stream", "stream_options"})
 
@@ -158,7 +160,7 @@ class Upstreams:
                 timeout=aiohttp.ClientTimeout(upstream.timeout_s, sock_connect=CONNECT_S),
                 allow_redirects=False,  # they would take the key elsewhere
             ) as response:
-                text = await response.read()
+                text = await _read(response, where)
         except TimeoutError as error:
             slow = f"{where} gave no answer within {upstream.timeout_s:g} s"
             raise UpstreamError(slow, status=504, code="upstream_timeout") from error
@@ -182,6 +184,16 @@ class Upstreams:
             self._session = None
 
 
+async def _read(response: aiohttp.ClientResponse, where: str) -> bytes:
+    """The whole body, up to a limit, for an endpoint gone wild must not take this server's memory."""
+    body = bytearray()
+    async for chunk in response.content.iter_chunked(1 << 16):
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise UpstreamError(f"{where} answered with more than {MAX_BODY_BYTES >> 20} MiB")
+    return bytes(body)
+
+
 def _headers(upstream: Upstream) -> dict[str, str]:
     headers = {"content-type": "application/json"}
     return headers if upstream.key is None else {**headers, "authorization": f"Bearer {upstream.key}"}
@@ -192,11 +204,15 @@ def _completion(where: str, text: bytes) -> dict[str, Any]:
     try:
         body: Any = orjson.loads(text)
         for index, choice in enumerate(body["choices"]):
-            choice["message"].get("content")
+            calls: Any = choice["message"].get("tool_calls") or []
+            if not isinstance(calls, list) or not all(isinstance(c, dict) for c in cast("list[Any]", calls)):
+                raise ValueError("tool_calls")
+            if not isinstance(choice.get("finish_reason"), str | None):
+                raise ValueError("finish_reason")
             choice.setdefault("index", index)
         dict(body.get("usage") or {})
-        if not body["choices"]:
-            raise ValueError("no choices")
+        if not 1 <= len(body["choices"]) <= MAX_CHOICES:
+            raise ValueError("choices")
         body["id"] = str(body.get("id") or f"chatcmpl-{uuid4().hex}")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UpstreamError(f"{where} answered with something that is no chat completion") from error

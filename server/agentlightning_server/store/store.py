@@ -7,7 +7,6 @@ Not here: SQL (`queue`, `spans`, `keys`, `reads`) and HTTP (`routes`).
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
@@ -30,6 +29,7 @@ from agentlightning.types import (
     Rollout,
     Span,
 )
+from agentlightning.wire import FLOAT32_MAX
 
 from ..otlp_pb import SpanRow, row_from_span, row_size
 from ..settings import Durability
@@ -358,8 +358,10 @@ class Store:
             ) from error
 
     def _stamp(self, reward: Reward) -> Reward:
-        if not math.isfinite(reward.value):
-            raise InvalidReward(f"reward {reward.name!r} is {reward.value}: give a finite number")
+        if not abs(reward.value) <= FLOAT32_MAX:
+            raise InvalidReward(
+                f"reward {reward.name!r} is {reward.value}: give a number finite as a float32"
+            )
         if reward.time_ns:
             return reward
         return Reward(float(reward.value), reward.name, reward.target, self._clock())

@@ -12,10 +12,11 @@ from tests.adapters.acceptance.harness import SCRIPTS, Case, Driver, Stage, Way,
 from tests.adapters.acceptance.test_matrix import INSTALLED, driver_of
 
 from agentlightning.bridge import LearningSettings, make_batch
+from agentlightning.client import LightningClient
 from agentlightning.context import ENV_KEY, ENV_URL
 from agentlightning.learning import AIR
 from agentlightning.learning.air import apply_air
-from agentlightning.tracing import get_tracer
+from agentlightning.tracing import get_tracer, trace
 
 REWARD = "import sys; from agentlightning import LightningClient; " + (
     "LightningClient.from_env().add_reward(sys.argv[1], float(sys.argv[2]))"
@@ -78,3 +79,11 @@ def test_a_live_run_is_rewarded_later_from_another_process_and_learned_from(
         batch = make_batch([shaped], LearningSettings(policy=policy))
         assert (batch.transitions, batch.rows) == (2, 1), "the second call continues the first's very ids"
     assert len(policies) == 2
+
+
+def test_a_reward_right_after_a_run_that_never_asked_our_gateway_finds_it(stage: Stage) -> None:
+    with LightningClient(stage.url, stage.key) as client:
+        with trace("task") as task:
+            pass
+        client.add_reward(task.rollout_id, 0.5)  # its span still waits in this process
+    assert stage.record(task.rollout_id)[0].final_reward == 0.5

@@ -40,8 +40,11 @@ KINDS: Final = {
 
 
 def kind(span: Span) -> Kind | None:
-    """By the operation's name."""
-    return KINDS.get(read.text(span.attributes, semconv.OPERATION) or "")
+    """By the operation's name. A tool call that waits for a person is none until it goes on."""
+    found = KINDS.get(read.text(span.attributes, semconv.OPERATION) or "")
+    if found is Kind.TOOL and semconv.TOOL_STATUS not in span.attributes:
+        return Kind.OTHER if any(event.name == semconv.INTERRUPTED for event in span.events) else found
+    return found
 
 
 def llm(span: Span) -> LLMCall:

@@ -23,7 +23,7 @@ from agentlightning_server.engines.base import ChatTokenizer, Completion, Sampli
 
 from . import checkpoint, loading
 from .decoding import Decoder
-from .grammar import Grammars
+from .grammar import Grammars, Matcher
 from .lanes import DecodeStats, Request
 from .policy import PolicyWeights, load_policies
 from .settings import EmbeddedSettings
@@ -112,11 +112,14 @@ class EmbeddedEngine:
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, policy: str) -> Completion:
         """See `engines.base.Engine.generate`."""
         self._policy(policy)
-        request = self._request(prompt_ids, sampling)
+        matcher = None
+        if sampling.grammar is not None:  # in a thread: it may take a second, which others must not wait
+            matcher = await asyncio.to_thread(self._grammars.matcher, sampling.grammar)
+        request = self._request(prompt_ids, sampling, matcher)
         self._worker.submit(request, policy)
         return await asyncio.wrap_future(request.future)
 
-    def _request(self, prompt_ids: Sequence[int], sampling: Sampling) -> Request:
+    def _request(self, prompt_ids: Sequence[int], sampling: Sampling, matcher: Matcher | None) -> Request:
         prompt = [int(i) for i in prompt_ids]
         if not prompt:
             raise InvalidInput("a prompt needs at least one token")
@@ -129,7 +132,6 @@ class EmbeddedEngine:
         if sampling.max_tokens < 1:
             raise InvalidInput(f"max_tokens must be at least 1, got {sampling.max_tokens}")
         limit = min(sampling.max_tokens, room)
-        matcher = None if sampling.grammar is None else self._grammars.matcher(sampling.grammar)
         return Request(prompt, sampling, limit, self._random(sampling.seed), Future(), matcher)
 
     def _random(self, seed: int | None) -> np.random.Generator:

@@ -8,6 +8,7 @@ on, only tokens that end the turn are allowed, so a completion that was not cut 
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from agentlightning.errors import InvalidInput
+
+KEPT = 64  # compiled grammars; agents ask with the same few schemas again and again
+MAX_GRAMMAR = 200_000  # characters; the compiler takes about a second for a schema of that size
 
 
 class Matcher:
@@ -45,15 +49,31 @@ class Grammars:
         self._vocabulary = vocabulary
         self._eos_ids = sorted(eos_ids)
         self._lock = threading.Lock()
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
 
     @cached_property
     def _prepared(self) -> LLTokenizer:
-        with self._lock:
-            return from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._eos_ids)  # pyright: ignore[reportArgumentType]
+        return from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._eos_ids)  # pyright: ignore[reportArgumentType]
 
     def matcher(self, grammar: str) -> Matcher:
-        """A matcher at the start of a Lark grammar. Raises InvalidInput when it cannot be read."""
-        inner = LLMatcher(self._prepared, LLMatcher.grammar_from_lark(grammar), log_level=0)
+        """A matcher at the start of a Lark grammar. Blocks while it is compiled, once for equal grammars.
+
+        Raises InvalidInput when it cannot be read.
+        """
+        if len(grammar) > MAX_GRAMMAR:
+            raise InvalidInput(
+                f"the JSON schemas of the answer and of the tools have {len(grammar)} characters, of at most "
+                f"{MAX_GRAMMAR}: ask for less at once"
+            )
+        with self._lock:  # so that the choices of one request compile it once
+            compiled = self._compiled.get(grammar)
+            if compiled is None:
+                compiled = LLMatcher(self._prepared, LLMatcher.grammar_from_lark(grammar), log_level=0)
+                self._compiled[grammar] = compiled
+                if len(self._compiled) > KEPT:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(grammar)
+            inner = compiled.deep_copy()
         if inner.is_error():
             raise InvalidInput(
                 f"the JSON schema of the response format or of a tool cannot be followed: {inner.get_error()}"
