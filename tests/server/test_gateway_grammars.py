@@ -8,12 +8,12 @@ import threading
 import time
 from collections.abc import Generator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import openai
 import pytest
 from openai.types.chat import ChatCompletion
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from tests.support.serving import serving, tiny_engine
 
 from agentlightning.reading import join_calls, read_trace
@@ -227,3 +227,27 @@ def test_a_schema_beyond_the_limit_is_refused(client: openai.OpenAI) -> None:
         client.chat.completions.create(
             model="policy", messages=HELLO, response_format={"type": "json_schema", "json_schema": schema}
         )
+
+
+class Cat(BaseModel):
+    kind: Literal["cat"]
+    lives: Literal[7, 9]
+
+
+class Dog(BaseModel):
+    kind: Literal["dog"]
+
+
+class Pet(BaseModel):
+    """A discriminated union, whose schema has oneOf and $ref."""
+
+    pet: Annotated[Cat | Dog, Field(discriminator="kind")]
+
+
+def test_a_discriminated_union_can_be_answered(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.parse(
+        model="policy", messages=HELLO, n=32, seed=1, temperature=2, response_format=Pet
+    )
+    pets = [choice.message.parsed for choice in answer.choices]
+    assert {pet.pet.kind for pet in pets if pet is not None} == {"cat", "dog"}
+    assert None not in pets

@@ -14,7 +14,12 @@ from agentlightning.types import JsonObject
 from agentlightning_server.gateway.requests import ChatRequest
 from agentlightning_server.gateway.toolcalls import ToolFormat
 
-_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_STYLE = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "coerce_one_of": True,  # read as anyOf, which is what pydantic's discriminated unions mean
+}
 
 
 def grammar_of(request: ChatRequest, form: ToolFormat) -> str | None:
