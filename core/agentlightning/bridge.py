@@ -160,9 +160,9 @@ class TrainerBridge:
             raise NothingToLearn(_nothing(problems))
         return Collected(episodes, list(ended), problems)
 
-    def batch(self, episodes: Sequence[Episode], policy: str | None = None) -> Batch:
-        """`make_batch` with this run's settings, of another of its policies where one is named."""
-        return make_batch(episodes, replace(self.learning, policy=policy or self.learning.policy))
+    def batch(self, episodes: Sequence[Episode]) -> Batch:
+        """`make_batch` with this run's settings."""
+        return make_batch(episodes, self.learning)
 
     def _rollouts(
         self,

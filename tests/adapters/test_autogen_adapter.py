@@ -7,10 +7,8 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 import threading
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
 from typing import Any
 
 import pytest
@@ -527,23 +525,3 @@ def test_opentelemetry_instrument_records_an_unmodified_script(tracer: str, tmp_
         assert done.returncode == 0, done.stderr
         names = sorted(span.name for span in server.spans)
     assert names == ["chat m", "invoke_agent unmodified"]
-
-
-def test_the_entry_point_names_the_instrumentor() -> None:
-    (found,) = entry_points(group="opentelemetry_instrumentor", name="agentlightning_autogen")
-    assert found.load() is agentlightning_autogen.AutoGenInstrumentor
-
-
-def test_a_missing_framework_names_the_extra_to_install() -> None:
-    code = """
-        import sys
-        sys.modules["autogen_agentchat"] = None
-        try:
-            import agentlightning_autogen
-        except ImportError as error:
-            print(error)
-    """
-    out = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
-    )
-    assert "pip install '.[autogen]'" in out.stdout

@@ -8,11 +8,9 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -373,11 +371,12 @@ def test_a_delegation_that_fails_says_so(server: ScriptedServer) -> None:
     server.given(fail(500), model="inner")
     managed(server).kickoff()
     seen = Recorded(server)
-    assert [(s.attributes[semconv.TOOL_STATUS], s.attributes[semconv.ERROR_TYPE]) for s in seen.tools] == [
-        ("raised", "InternalServerError"),
-        ("bad_arguments", "ValueError"),
-    ]
-    assert "scripted 500" in str(seen.tools[0].attributes[semconv.TOOL_RESULT])
+    ended = {str(s.attributes[semconv.TOOL_STATUS]): s.attributes for s in seen.tools}  # they ran at once
+    assert {status: attributes[semconv.ERROR_TYPE] for status, attributes in ended.items()} == {
+        "raised": "InternalServerError",
+        "bad_arguments": "ValueError",
+    }
+    assert "scripted 500" in str(ended["raised"][semconv.TOOL_RESULT])
 
 
 def test_tasks_at_once_keep_their_agents(server: ScriptedServer) -> None:
@@ -961,23 +960,3 @@ def test_opentelemetry_instrument_records_an_unmodified_script(tmp_path: Path) -
         assert done.returncode == 0, done.stderr
         names = sorted(span.name for span in server.spans)
     assert names == ["chat m", "invoke_agent crew", "invoke_agent unmodified"]
-
-
-def test_the_entry_point_names_the_instrumentor() -> None:
-    (found,) = entry_points(group="opentelemetry_instrumentor", name="agentlightning_crewai")
-    assert found.load() is agentlightning_crewai.CrewAIInstrumentor
-
-
-def test_a_missing_framework_names_the_extra_to_install() -> None:
-    code = """
-        import sys
-        sys.modules["crewai"] = None
-        try:
-            import agentlightning_crewai
-        except ImportError as error:
-            print(error)
-    """
-    out = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
-    )
-    assert "pip install '.[crewai]'" in out.stdout

@@ -12,7 +12,6 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
 from typing import Annotated, Any
 from uuid import uuid4
 
@@ -862,23 +861,3 @@ def test_the_light_tracer_works_where_opentelemetry_cannot_be_imported(tmp_path:
         )
         assert done.returncode == 0, done.stderr
         assert sorted(span.name for span in server.spans) == ["chat m", "invoke_agent unmodified"]
-
-
-def test_the_entry_point_names_the_instrumentor() -> None:
-    (found,) = entry_points(group="opentelemetry_instrumentor", name="agentlightning_langchain")
-    assert found.load() is agentlightning_langchain.LangChainInstrumentor
-
-
-def test_a_missing_framework_names_the_extra_to_install() -> None:
-    code = """
-        import sys
-        sys.modules["langchain_core.callbacks"] = None
-        try:
-            import agentlightning_langchain
-        except ImportError as error:
-            print(error)
-    """
-    out = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
-    )
-    assert "pip install '.[langchain]'" in out.stdout

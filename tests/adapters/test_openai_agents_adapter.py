@@ -14,7 +14,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager
 from http.server import BaseHTTPRequestHandler
-from importlib.metadata import PackageNotFoundError, distribution, entry_points
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -1073,25 +1073,3 @@ def test_the_light_tracer_works_without_opentelemetrys_sdk(tmp_path: Path) -> No
         done = _run([sys.executable, str(script)], server, "light")
         assert done.returncode == 0, done.stderr
         assert sorted(span.name for span in server.spans) == ["chat m", "invoke_agent unmodified"]
-
-
-def test_the_entry_point_names_the_instrumentor() -> None:
-    if not _installed():
-        pytest.skip("the package's entry points are not installed here")
-    (found,) = entry_points(group="opentelemetry_instrumentor", name="agentlightning_openai_agents")
-    assert found.load() is agentlightning_openai_agents.OpenAIAgentsInstrumentor
-
-
-def test_a_missing_framework_names_the_extra_to_install() -> None:
-    code = """
-        import sys
-        sys.modules["agents"] = None
-        try:
-            import agentlightning_openai_agents
-        except ImportError as error:
-            print(error)
-    """
-    out = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
-    )
-    assert "pip install '.[openai-agents]'" in out.stdout
