@@ -1,0 +1,1 @@
+"""Which credit assignment learns a tool task of several steps from a sparse reward: a measured comparison."""
