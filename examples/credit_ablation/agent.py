@@ -1,8 +1,8 @@
-"""An ordinary AutoGen agent on a task of several steps whose reward is sparse: follow notes to a number.
+"""An ordinary AutoGen agent on a task of several steps whose reward is sparse: follow a chain of notes.
 
-Each note leads to another word or to the number. The agent reads notes with a tool, one at a time, and says
-the number at the end. It earns 1 for the right number and else 0: nothing tells it which of its calls was
-good. A word that has no note makes the tool fail, as a real look-up would.
+Each note names the next; the last one says that it is the end. The agent reads them with a tool, one at a
+time, and has just as many calls as there are notes. It earns 1 for reaching the end and else 0: nothing tells
+it which of its calls was good. A word that has no note makes the tool fail, as a real look-up would.
 
 Ours are `instrument()` and `solve`; the rest is the agent as its author wrote it.
 """
@@ -34,31 +34,33 @@ from agentlightning import RolloutContext, Task
 agentlightning_autogen.instrument()  # ours: the adapter
 
 END = "the end"
-HOPS = 3  # notes to read, the last of which has the number
-SYSTEM = "Follow the notes to the number. Read one note at a time, then say the number."
-WORDS = (
-    "amber anchor apple arrow autumn bamboo basket beacon bottle branch bridge bronze butter button cabin camel "
-    "candle canyon carpet castle cedar cherry circle cloud clover cobalt coffee copper coral cotton crystal "
-    "desert dragon eagle ember falcon feather fern flame forest garden ginger glacier granite harbor hazel "
-    "honey island ivory jasmine jungle kettle lagoon lantern lemon lily linen lotus maple marble meadow melon "
-    "mirror monkey mountain needle nickel oasis ocean olive onyx orange orchid oyster paper parrot pebble "
-    "pepper piano pillow planet plum pocket prairie quartz rabbit raven ribbon river rocket saddle saffron "
-    "sailor salmon scarlet shadow shell silver spider spruce stone summer sunset temple thunder tiger timber "
-    "topaz tulip tunnel turtle valley velvet violet walnut willow window winter"
-).split()
+HOPS = 3  # notes to read, and calls to do it in
+SYSTEM = "Follow the notes to the end. Read one note at a time."
+_WORDS = """
+amber anchor apple arrow autumn bamboo basket beacon bottle branch bridge bronze butter button cabin
+camel candle canyon carpet castle cedar cherry circle cloud clover cobalt coffee copper coral cotton
+crystal desert dragon eagle ember falcon feather fern flame forest garden ginger glacier granite
+harbor hazel honey island ivory jasmine jungle kettle lagoon lantern lemon lily linen lotus maple
+marble meadow melon mirror monkey mountain needle nickel oasis ocean olive onyx orange orchid oyster
+paper parrot pebble pepper piano pillow planet plum pocket prairie quartz rabbit raven ribbon river
+rocket saddle saffron sailor salmon scarlet shadow shell silver spider spruce stone summer sunset
+temple thunder tiger timber topaz tulip tunnel turtle valley velvet violet walnut willow window
+winter
+"""
+WORDS = _WORDS.split()
 MODEL_INFO = ModelInfo(
     vision=False, function_calling=True, json_output=False, family="unknown", structured_output=False
 )
 
 
 def make_tasks(count: int, *, seed: int, split: str) -> list[Task]:
-    """Chains of words that no other split has, with notes that lead elsewhere beside them."""
+    """Chains of notes, drawn anew for every seed and split."""
     random_words = random.Random(f"{split}:{seed}")
     tasks: list[Task] = []
     for number in range(count):
         chain = random_words.sample(WORDS, HOPS)
         notes = dict(zip(chain, [*chain[1:], END], strict=True))
-        tasks.append(Task(f"{split}-{seed}-{number}", {"start": chain[0], "notes": notes}, split))
+        tasks.append(Task(f"{split}-{seed}-{number}", {"start": chain[0], "notes": {**notes}}, split))
     return tasks
 
 

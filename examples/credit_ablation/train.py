@@ -2,8 +2,8 @@
 
     python -m examples.credit_ablation.train --credit air --seed 0 [--steps 8]
 
-Everything but the credit is the same in all runs of one seed: tasks, order, rollouts, optimiser. The last line
-of output is JSON; `records.json` in the output folder has every step.
+Everything but the credit is the same in all runs of one seed: tasks, order, rollouts, optimiser. The last
+line of output is JSON; `records.json` in the output folder has every step.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def main() -> None:
             reporter=reporter,
         )
     before, after = result.before, result.after
+    done = habits(output / "store.db", args.steps)
     records = {
         "credit": args.credit,
         "seed": args.seed,
@@ -89,12 +90,12 @@ def main() -> None:
         "wall_s": round(time.monotonic() - began, 1),
         "steps": [asdict(record) for record in result.steps],
         "evaluations": [asdict(record) for record in (before, after) if record is not None],
-        "habits": habits(output / "store.db", args.steps),
+        "habits": done,
     }
     (output / "records.json").write_text(json.dumps(records, indent=1) + "\n")
     shutil.rmtree(output / "checkpoints", ignore_errors=True)  # 1.6 GB that nobody will ask for again
     line = {"credit": args.credit, "seed": args.seed, "before": before and before.reward}
-    print(json.dumps({**line, "after": after and after.reward, **records["habits"]}), flush=True)
+    print(json.dumps({**line, "after": after and after.reward, **done}), flush=True)
 
 
 def habits(database: Path, step: int) -> dict[str, float]:
@@ -104,7 +105,7 @@ def habits(database: Path, step: int) -> dict[str, float]:
     with Store(database) as store:
         for rollout in store.rollouts(RolloutFilter(mode=Mode.VAL, limit=10_000)):
             attempt = deciding_attempt(store.attempts(rollout.id))
-            if rollout.step == step and attempt is not None:
+            if rollout.group_id.rsplit(".", 2)[-2] == str(step) and attempt is not None:
                 counts += kinds(read_episode(rollout, attempt, store.spans(rollout.id)))
                 episodes += 1
     return {kind: round(counts[kind] / max(episodes, 1), 3) for kind in ("new_note", "same_note", "failed")}
