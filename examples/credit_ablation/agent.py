@@ -83,7 +83,7 @@ def question(start: str) -> str:
     return f"Start with the note on {start}."
 
 
-def worked_example(chain: tuple[str, ...] = ("pencil", "guitar", "hammer")) -> list[LLMMessage]:
+def worked_example(chain: tuple[str, ...] = ("pencil",)) -> list[LLMMessage]:
     """One task done right, as earlier turns of the conversation."""
     messages: list[LLMMessage] = [UserMessage(content=question(chain[0]), source="user")]
     for i, (word, says) in enumerate(zip(chain, [*chain[1:], END], strict=True)):

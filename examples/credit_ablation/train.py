@@ -1,6 +1,6 @@
 """Train the note-following agent under one way of assigning credit, and say what it came to.
 
-    python -m examples.credit_ablation.train --credit air --seed 0 [--steps 8]
+    python -m examples.credit_ablation.train --credit air --seed 0 [--steps 6]
 
 Everything but the credit is the same in all runs of one seed: tasks, order, rollouts, optimiser. The last
 line of output is JSON; `records.json` in the output folder has every step.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from agentlightning.bridge import LearningSettings, deciding_attempt
 from agentlightning.learning import AIR, StepGroups, air_weighted, identical
-from agentlightning.learning.air import tool_outcome
+from agentlightning.learning.air import repeated_call, tool_outcome
 from agentlightning.reading import read_episode
 from agentlightning.types import Episode, Mode, ToolStatus
 from agentlightning_server.cli.progress import ProgressReporter
@@ -36,11 +36,13 @@ from examples.credit_ablation.agent import make_tasks
 ARMS: Mapping[str, LearningSettings] = {
     "identical": LearningSettings(credit=identical),  # the final reward for every call
     "step_groups": LearningSettings(credit=identical, steps=StepGroups()),  # GiGPO
-    "air": LearningSettings(credit=air_weighted(), air=AIR()),  # the default rules
-    # What not to do: a working tool call is paid, a repeated one is not fined.
-    "air_naive": LearningSettings(
-        credit=air_weighted(), air=AIR(rules=[tool_outcome("tool_succeeded", 0.1, ToolStatus.OK)])
+    # A call whose tool ran is paid, the same call again is not.
+    "air": LearningSettings(
+        credit=air_weighted(),
+        air=AIR(rules=[tool_outcome("tool_succeeded", 0.1, ToolStatus.OK), repeated_call(-0.2)]),
     ),
+    # Calls whose tool failed are fined as well.
+    "air_fines": LearningSettings(credit=air_weighted(), air=AIR()),
 }
 
 
@@ -48,11 +50,11 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--credit", choices=list(ARMS), required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=8, help="policy updates")
+    parser.add_argument("--steps", type=int, default=6, help="policy updates")
     parser.add_argument("--tasks-per-step", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=8, help="rollouts per task")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
-    parser.add_argument("--held-out", type=int, default=80, help="tasks to evaluate on")
+    parser.add_argument("--held-out", type=int, default=64, help="tasks to evaluate on")
     parser.add_argument("--output", type=Path, help="folder of the run")
     return parser.parse_args()
 
@@ -69,6 +71,7 @@ def main() -> None:
         group_size=args.group_size,
         checkpoint_every=args.steps,
         seed=args.seed,
+        max_flat_steps=args.steps + 1,  # to learn nothing is a result here
         learning=ARMS[args.credit],
     )
     with ProgressReporter(args.steps) as reporter:

@@ -39,7 +39,6 @@ from agentlightning_server.training.reporting import (
 )
 from agentlightning_server.training.updating import make_batches, update_policies
 
-MAX_FLAT_STEPS = 5  # steps in a row without a gradient before the run is given up
 NO_DIFFERENCE = "no group had a difference to learn from: the policy stays as it is"
 
 
@@ -69,11 +68,13 @@ class TrainSettings:
     """Above 1, a step whose groups all earned the same, or some of them, collects further tasks in up to
     so many rounds, and learns from groups with a difference only (DAPO's dynamic sampling,
     arXiv:2503.14476, section 3.2)."""
+    max_flat_steps: int = 5
+    """Steps in a row without a gradient, all rollouts of each group equal, before the run is given up."""
     limits: Limits = field(default_factory=Limits)
     step_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        for name in ("tasks_per_step", "group_size", "checkpoint_every", "max_rounds"):
+        for name in ("tasks_per_step", "group_size", "checkpoint_every", "max_rounds", "max_flat_steps"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.steps < 0:
@@ -281,9 +282,9 @@ class Trainer:
             self._flat_steps = 0
             return metrics
         self._flat_steps += 1
-        if self._flat_steps >= MAX_FLAT_STEPS:
+        if self._flat_steps >= self._settings.max_flat_steps:
             raise NothingToLearn(
-                f"in {MAX_FLAT_STEPS} steps in a row all rollouts of each group earned the same: there is no "
+                f"in {self._flat_steps} steps in a row all rollouts of each group earned the same: there is no "
                 "gradient. Put a worked example into the prompt, choose tasks of middling difficulty, "
                 "enlarge the group, or reward progress (AIR, named rewards); `agl doctor` shows the records"
             )
