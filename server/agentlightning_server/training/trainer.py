@@ -284,8 +284,8 @@ class Trainer:
         self._flat_steps += 1
         if self._flat_steps >= self._settings.max_flat_steps:
             raise NothingToLearn(
-                f"in {self._flat_steps} steps in a row all rollouts of each group earned the same: there is no "
-                "gradient. Put a worked example into the prompt, choose tasks of middling difficulty, "
+                f"in {self._flat_steps} steps in a row all rollouts of each group earned the same: there is "
+                "no gradient. Put a worked example into the prompt, choose tasks of middling difficulty, "
                 "enlarge the group, or reward progress (AIR, named rewards); `agl doctor` shows the records"
             )
         return {}
