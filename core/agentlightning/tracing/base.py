@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Final, Protocol
 
 from agentlightning.context import SpanRef
-from agentlightning.types import Attributes, AttributeValue, SpanKind, SpanStatus
+from agentlightning.types import Attributes, AttributeValue, Span, SpanKind, SpanStatus
 
 SCOPE: Final = "agentlightning"
 NO_ATTRIBUTES: Final[Attributes] = MappingProxyType(dict[str, "AttributeValue"]())
@@ -79,6 +79,25 @@ class Tracer(Protocol):
 
     def shutdown(self) -> None:
         """Flush for at most 5 s, then stop. Later spans are ignored."""
+        ...
+
+
+class Sender(Protocol):
+    """Takes finished spans off the agent's hands."""
+
+    @property
+    def dropped(self) -> int: ...
+
+    def put(self, span: Span) -> None:
+        """Take a span; never waits."""
+        ...
+
+    def flush(self, timeout_s: float) -> bool:
+        """True when everything was sent in time."""
+        ...
+
+    def shutdown(self, timeout_s: float) -> None:
+        """Flush within the time, then stop."""
         ...
 
 

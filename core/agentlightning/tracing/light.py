@@ -9,32 +9,12 @@ from __future__ import annotations
 import os
 import random
 import time
-from typing import Protocol
 
 from agentlightning.context import SpanRef, current_rollout
-from agentlightning.tracing.base import NO_ATTRIBUTES, SCOPE
+from agentlightning.tracing.base import NO_ATTRIBUTES, SCOPE, Sender
 from agentlightning.tracing.guard import warn
 from agentlightning.tracing.values import clean_attributes, clean_text
 from agentlightning.types import Attributes, AttributeValue, Span, SpanEvent, SpanKind, SpanStatus
-
-
-class Sender(Protocol):
-    """Takes finished spans off the agent's hands."""
-
-    @property
-    def dropped(self) -> int: ...
-
-    def put(self, span: Span) -> None:
-        """Take a span; never waits."""
-        ...
-
-    def flush(self, timeout_s: float) -> bool:
-        """True when everything was sent in time."""
-        ...
-
-    def shutdown(self, timeout_s: float) -> None:
-        """Flush within the time, then stop."""
-        ...
 
 
 class LightSpan:
@@ -147,22 +127,30 @@ class LightTracer:
         )
 
     def flush(self, timeout_s: float = 5.0) -> bool:
-        sent = self.sender.flush(timeout_s)
-        if not sent:
-            warn("Not all spans were sent within %.1f s. Is the server reachable?", timeout_s)
-        return sent
+        return flushed(self.sender, timeout_s)
 
     def shutdown(self) -> None:
         self.sender.shutdown(5.0)
 
 
+def flushed(sender: Sender, timeout_s: float) -> bool:
+    """Flush; a warning where the time did not do."""
+    sent = sender.flush(timeout_s)
+    if not sent:
+        warn("Not all spans were sent within %.1f s. Is the server reachable?", timeout_s)
+    return sent
+
+
 def default_resource() -> dict[str, AttributeValue]:
     """The resource of spans that no application's own telemetry describes."""
-    return {"service.name": os.environ.get("OTEL_SERVICE_NAME") or "agent"}
+    return {"service.name": clean_text(os.environ.get("OTEL_SERVICE_NAME") or "agent")}
 
 
-# Not the random module's shared generator: an agent that seeds it would repeat its trace ids in each attempt.
-_ids = random.SystemRandom()
+# Of our own: an agent that seeds the shared generator would repeat its trace ids in each attempt. Not
+# the system's, which costs a system call for each id; seeded from it instead, and again in a forked child.
+_ids = random.Random(os.urandom(32))
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _ids.seed(os.urandom(32)))
 
 
 def _random_hex(bits: int) -> str:

@@ -10,42 +10,29 @@ What this is not: ambient. Nothing here attaches or detaches OpenTelemetry's con
 
 from __future__ import annotations
 
-import atexit
-import gzip
 import threading
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, SpanProcessor, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, Status, StatusCode, TraceFlags
 
 from agentlightning import semconv
 from agentlightning.context import SpanRef, current_rollout
-from agentlightning.errors import InvalidInput
-from agentlightning.tracing.base import NO_ATTRIBUTES, SCOPE
+from agentlightning.tracing.base import NO_ATTRIBUTES, SCOPE, Sender
 from agentlightning.tracing.guard import warn
-from agentlightning.tracing.light import default_resource
-from agentlightning.tracing.sender import (
-    COMPRESSION,
-    DELAY_S,
-    EXIT_TIMEOUT_S,
-    MAX_BATCH,
-    MAX_QUEUE,
-    REQUEST_TIMEOUT_S,
-    worth_compressing,
-)
+from agentlightning.tracing.light import default_resource, flushed
 from agentlightning.tracing.values import clean_attributes, clean_text
-from agentlightning.types import Attributes, SpanKind, SpanStatus
+from agentlightning.types import Attributes, AttributeValue, Span, SpanEvent, SpanKind, SpanLink, SpanStatus
 
-MAX_REQUEST_BYTES: Final = 4 * 2**20  # the server takes 20 MiB; texts may need more bytes than characters
 _KINDS: Final = {kind: trace.SpanKind[kind.name] for kind in SpanKind}
 _STATUSES: Final = {status: StatusCode[status.name] for status in SpanStatus}
+_OUR_KINDS: Final = {theirs: ours for ours, theirs in _KINDS.items()}
+_OUR_STATUSES: Final = {theirs: ours for ours, theirs in _STATUSES.items()}
 _SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
 _NO_LIMITS: Final = SpanLimits(
     max_attributes=SpanLimits.UNSET,
@@ -56,9 +43,6 @@ _NO_LIMITS: Final = SpanLimits(
     max_span_attribute_length=SpanLimits.UNSET,
 )
 _ATTRIBUTES: Final = 48  # more than any span of ours has
-_SENT_HEADERS: Final = frozenset(
-    {"content-type", "content-encoding", "content-length", "user-agent", "accept", "accept-encoding"}
-)
 _SAMPLES_ALL: Final = ("AlwaysOnSampler", "ParentBased{root:AlwaysOnSampler")
 
 
@@ -95,15 +79,13 @@ class OTelSpan:
 
 
 class OTelTracer:
-    """Writes spans through OpenTelemetry and sends ours to the server.
-
-    `exporter` replaces the OTLP/HTTP one that posts protobuf to `{url}/v1/traces`.
-    """
+    """Writes spans through OpenTelemetry; ours go to `sender` as well."""
 
     enabled = True
 
-    def __init__(self, url: str = "", key: str = "", *, exporter: SpanExporter | None = None) -> None:
-        self._processor = OurSpans(exporter or _http_exporter(url, key))
+    def __init__(self, sender: Sender) -> None:
+        self._sender = sender
+        self._processor = OurSpans(sender)
         self._own = TracerProvider(
             resource=Resource(_attributes(default_resource())),
             sampler=ALWAYS_ON,
@@ -114,12 +96,10 @@ class OTelTracer:
         self._provider: object = None
         self._tracers: dict[str, trace.Tracer] = {}
         self._lock = threading.Lock()
-        weak = weakref.ref(self)
-        atexit.register(lambda: (living := weak()) and living.shutdown())
 
     @property
     def dropped(self) -> int:
-        return self._processor.dropped
+        return self._sender.dropped
 
     def start_span(
         self,
@@ -144,14 +124,10 @@ class OTelTracer:
         return OTelSpan(span, parent, identity.get(semconv.ROLLOUT_ID))
 
     def flush(self, timeout_s: float = 5.0) -> bool:
-        sent = _within(timeout_s, self._processor.force_flush)
-        if not sent:
-            warn("Not all spans were sent within %.1f s. Is the server reachable?", timeout_s)
-        return sent
+        return flushed(self._sender, timeout_s)
 
     def shutdown(self) -> None:
-        if not _within(EXIT_TIMEOUT_S, self._processor.shutdown):
-            warn("Some spans were not sent before the tracer stopped. Is the server reachable?")
+        self._sender.shutdown(5.0)
 
     def _tracer(self, scope: str) -> trace.Tracer:
         provider = trace.get_tracer_provider()
@@ -184,64 +160,61 @@ class OTelTracer:
 
 
 class OurSpans(SpanProcessor):
-    """Batches the spans of our scopes for the server, and counts those that did not get there."""
+    """Hands the spans of our scopes to the sender, whatever else the application traces."""
 
-    def __init__(self, exporter: SpanExporter) -> None:
-        self._exporter = _CountingExporter(exporter)
-        self._batch = BatchSpanProcessor(
-            self._exporter,
-            max_queue_size=MAX_QUEUE,
-            schedule_delay_millis=1000 * DELAY_S,
-            max_export_batch_size=MAX_BATCH,
-        )
-        self._accepted = 0
-        self._overflow = 0
-        self._stopped = False
-
-    @property
-    def dropped(self) -> int:
-        return self._overflow + self._exporter.failed
+    def __init__(self, sender: Sender) -> None:
+        self._sender = sender
+        self._resource: tuple[Resource, Attributes] | None = None
 
     def on_end(self, span: ReadableSpan) -> None:
         scope = span.instrumentation_scope
-        if self._stopped or scope is None or not scope.name.startswith(SCOPE):
-            return
-        self._accepted += 1
-        if self._accepted - self._overflow - self._exporter.handled > MAX_QUEUE + MAX_BATCH:
-            self._overflow += 1  # the batch processor drops its oldest span for this one
-        self._batch.on_end(span)
+        if scope is not None and scope.name.startswith(SCOPE):
+            self._sender.put(as_span(span, scope.name, self._attributes_of(span.resource)))
+
+    def _attributes_of(self, resource: Resource) -> Attributes:
+        """One object for all spans of a resource, so that the sender sees that it is the same."""
+        if self._resource is None or self._resource[0] is not resource:
+            self._resource = (resource, dict(resource.attributes))
+        return self._resource[1]
 
     def force_flush(self, timeout_millis: int = 30000) -> bool:
-        return self._stopped or self._batch.force_flush(timeout_millis)
+        return self._sender.flush(timeout_millis / 1000)
 
     def shutdown(self) -> None:
-        self._stopped = True
-        self._batch.shutdown()
+        self._sender.shutdown(5.0)
 
 
-class _CountingExporter(SpanExporter):
-    def __init__(self, inner: SpanExporter) -> None:
-        self._inner = inner
-        self.handled = 0
-        self.failed = 0
+def as_span(span: ReadableSpan, scope: str, resource: Attributes) -> Span:
+    """An ended span of the SDK's as ours; rollout and attempt stay among its attributes."""
+    context = span.get_span_context()
+    if context is None:
+        raise ValueError("a span without a context cannot be sent")
+    parent = span.parent
+    status = span.status
+    start_ns = span.start_time or 0
+    return Span(
+        trace_id=f"{context.trace_id:032x}",
+        span_id=f"{context.span_id:016x}",
+        parent_id=None if parent is None else f"{parent.span_id:016x}",
+        name=span.name,
+        kind=_OUR_KINDS[span.kind],
+        start_ns=start_ns,
+        end_ns=span.end_time or start_ns,
+        status=_OUR_STATUSES[status.status_code],
+        status_message=status.description or "",
+        attributes=_plain(span.attributes),
+        events=[SpanEvent(e.name, e.timestamp, _plain(e.attributes)) for e in span.events],
+        links=[
+            SpanLink(f"{k.context.trace_id:032x}", f"{k.context.span_id:016x}", _plain(k.attributes))
+            for k in span.links
+        ],
+        resource=resource,
+        scope=scope,
+    )
 
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        results = [self._export(part) for part in _parts(spans)]
-        succeeded = all(result is SpanExportResult.SUCCESS for result in results)
-        return SpanExportResult.SUCCESS if succeeded else SpanExportResult.FAILURE
 
-    def _export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        result = SpanExportResult.FAILURE
-        try:
-            result = self._inner.export(spans)
-        finally:
-            self.handled += len(spans)
-            if result is not SpanExportResult.SUCCESS:
-                self.failed += len(spans)
-        return result
-
-    def shutdown(self) -> None:
-        self._inner.shutdown()
+def _plain(attributes: Mapping[str, Any] | None) -> dict[str, AttributeValue]:
+    return dict(attributes) if attributes else {}
 
 
 def _loss(provider: TracerProvider) -> str | None:
@@ -255,64 +228,6 @@ def _loss(provider: TracerProvider) -> str | None:
         return f"cuts attributes after {longest} characters"
     most = getattr(limits, "max_span_attributes", None)
     return f"keeps {most} attributes of a span" if most is not None and most < _ATTRIBUTES else None
-
-
-def _parts(spans: Sequence[ReadableSpan]) -> Iterator[Sequence[ReadableSpan]]:
-    """The spans in requests of about MAX_REQUEST_BYTES, for a batch is counted in spans, not bytes."""
-    part: list[ReadableSpan] = []
-    size = 0
-    for span in spans:
-        values = (span.attributes or {}).values()
-        more = sum(len(value) for value in values if isinstance(value, (str, bytes)))
-        if part and size + more > MAX_REQUEST_BYTES:
-            yield part
-            part, size = [], 0
-        part.append(span)
-        size += more
-    if part:
-        yield part
-
-
-def _http_exporter(url: str, key: str) -> SpanExporter:
-    if not url.startswith(("http://", "https://")):
-        raise InvalidInput(f"The server's URL must begin with http:// or https://, not {url!r}.")
-    # Here and not at the top: it takes 150 ms to import, which a process without a server should not pay.
-    from opentelemetry.exporter.otlp.proto.http import Compression
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-
-    return OTLPSpanExporter(
-        endpoint=url.rstrip("/") + "/v1/traces",
-        compression=Compression.NoCompression,  # the session does it, several times faster
-        timeout=REQUEST_TIMEOUT_S,
-        session=_session(key, compress=worth_compressing(url)),
-    )
-
-
-def _session(key: str, *, compress: bool) -> Any:
-    """An HTTP session that sends our key and none of the credentials for the application's own collector.
-
-    The exporter adds OTEL_EXPORTER_OTLP_HEADERS to every request, and requests adds what ~/.netrc has.
-    """
-    import requests
-
-    class OurSession(requests.Session):
-        def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:
-            for name in [name for name in request.headers if name.lower() not in _SENT_HEADERS]:
-                del request.headers[name]
-            if compress and isinstance(request.body, bytes):
-                request.body = gzip.compress(request.body, compresslevel=COMPRESSION)
-                request.headers["Content-Encoding"] = "gzip"
-                request.headers["Content-Length"] = str(len(request.body))
-            if key:
-                request.headers["Authorization"] = f"Bearer {key}"
-            kwargs["allow_redirects"] = False  # they would take the key elsewhere
-            response = super().send(request, **kwargs)
-            if 300 <= response.status_code < 400:  # which the exporter takes for success
-                response.status_code = 400
-                response.reason = f"redirects to {response.headers.get('location')}: name that URL instead"
-            return response
-
-    return OurSession()
 
 
 def _attributes(attributes: Attributes) -> dict[str, Any]:
@@ -336,18 +251,3 @@ def _context(parent: SpanRef) -> Context:
 def _links() -> list[Link] | None:
     around = trace.get_current_span().get_span_context()
     return [Link(around)] if around.is_valid else None
-
-
-def _within(timeout_s: float, work: Any) -> bool:
-    """Run it, but wait no longer than this: the SDK's flush and shutdown exceed their own timeouts."""
-    done = threading.Event()
-
-    def run() -> None:
-        work()
-        done.set()
-
-    try:
-        threading.Thread(target=run, name="agentlightning-flush", daemon=True).start()
-    except RuntimeError:  # the interpreter is shutting down and starts no threads any more
-        run()
-    return done.wait(timeout_s)

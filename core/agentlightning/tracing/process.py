@@ -60,14 +60,16 @@ def _build(url: str, key: str, tracer: str) -> Tracer:
     if tracer == "otel" and os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         warn("OTEL_SDK_DISABLED is set: spans are sent to %s without OpenTelemetry.", url)
         tracer = "light"
+    from agentlightning.tracing.sender import HttpSender
+
+    sender = HttpSender(url, key)
     if tracer == "otel":
         from agentlightning.tracing.otel import OTelTracer
 
-        return OTelTracer(url, key)
+        return OTelTracer(sender)
     from agentlightning.tracing.light import LightTracer
-    from agentlightning.tracing.sender import HttpSender
 
-    return LightTracer(HttpSender(url, key))
+    return LightTracer(sender)
 
 
 def get_tracer() -> Tracer:

@@ -1,4 +1,4 @@
-"""The background sender of `LightTracer`: a bounded queue, one daemon thread, OTLP/JSON over HTTP.
+"""The background sender of both tracers: a bounded queue, one daemon thread, OTLP/JSON over HTTP.
 
 The thread starts with the first span, and again in a forked child, where spans that the parent had not sent
 yet are left to the parent. Batches are retried while the server is away or busy; what cannot be delivered is
@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gzip
-import json
 import os
 import threading
 import time
@@ -22,6 +21,8 @@ from http.client import HTTPException
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+import orjson
+
 from agentlightning.errors import InvalidInput
 from agentlightning.otlp import export_request
 from agentlightning.tracing.guard import record_failure, warn
@@ -29,6 +30,7 @@ from agentlightning.types import Span
 
 MAX_QUEUE: Final = 8192  # spans; at 6 KB each about 50 MB of the agent's memory
 MAX_BATCH: Final = 512  # spans a request
+MAX_TEXT: Final = 4 * 2**20  # characters a request; the server takes 20 MiB, and texts may need more bytes
 DELAY_S: Final = 1.0  # that a span waits at most for others to travel with
 REQUEST_TIMEOUT_S: Final = 10.0
 RETRY_FOR_S: Final = 60.0  # a batch is given up after this long
@@ -145,12 +147,18 @@ class HttpSender:
 
     def _take(self) -> list[Span]:
         with self._lock:
-            batch = [self._queue.popleft() for _ in range(min(MAX_BATCH, len(self._queue)))]
+            batch: list[Span] = []
+            text = 0
+            while self._queue and len(batch) < MAX_BATCH:
+                text += _length(self._queue[0])
+                if batch and text > MAX_TEXT:
+                    break
+                batch.append(self._queue.popleft())
             self._sending = len(batch)
             return batch
 
     def _deliver(self, batch: Sequence[Span]) -> None:
-        body = json.dumps(export_request(batch)).encode()
+        body = orjson.dumps(export_request(batch))
         if self._compress:
             body = gzip.compress(body, compresslevel=COMPRESSION)
         give_up_at = time.monotonic() + self._retry_for_s
@@ -233,6 +241,11 @@ class HttpSender:
         self._reset()
 
 
+def _length(span: Span) -> int:
+    """Characters of a span's texts, which are nearly all there is of it."""
+    return sum(len(value) for value in span.attributes.values() if isinstance(value, (str, bytes)))
+
+
 @cache
 def _opener() -> Any:
     """Opens URLs as urllib does, but follows no redirect: it would take the key elsewhere."""
@@ -248,7 +261,7 @@ def _opener() -> Any:
 def _partial_success(answer: str) -> tuple[int, str]:
     """Number of rejected spans and why, from an ExportTraceServiceResponse."""
     try:
-        partial: dict[str, Any] = json.loads(answer or "{}").get("partialSuccess") or {}
+        partial: dict[str, Any] = orjson.loads(answer or "{}").get("partialSuccess") or {}
         return int(partial.get("rejectedSpans") or 0), str(partial.get("errorMessage"))
     except (ValueError, AttributeError, TypeError):
         return 0, ""
