@@ -57,6 +57,7 @@ class SpanRef:
         "attached_rollout_id",
         "closed",
         "is_agent_run",
+        "native",
         "parent",
         "span_id",
         "trace_id",
@@ -71,6 +72,8 @@ class SpanRef:
         self.is_agent_run = False
         self.attached_rollout_id: str | None = None
         self.closed = False
+        self.native: object = None
+        """What the tracer itself needs to name it as a parent, once it has."""
 
     @property
     def rollout_id(self) -> str:

@@ -66,16 +66,22 @@ def _plain_json(message: Any) -> str | None:
     role, content = message.get("role"), message.get("content")
     if type(role) is not str or "content" not in message:
         return None
+    end, size = "", len(message)
+    if "name" in message:
+        name = message["name"]
+        if type(name) is not str:
+            return None
+        end, size = f',"name":{_string(name)}', size - 1
     parts: str | None = None
-    if type(content) is str and len(message) == 2:
+    if type(content) is str and size == 2:
         parts = f'{{"type":"text","content":{_string(content)}}}'
-    elif len(message) == 3 and "tool_call_id" in message:
+    elif size == 3 and "tool_call_id" in message:
         call_id = message["tool_call_id"]
         if type(content) is str and type(call_id) is str:
             parts = f'{{"type":"tool_call_response","id":{_string(call_id)},"response":{_string(content)}}}'
-    elif len(message) == 3 and "tool_calls" in message and (content is None or type(content) is str):
+    elif size == 3 and "tool_calls" in message and (content is None or type(content) is str):
         parts = _plain_calls(content, message["tool_calls"])
-    return None if parts is None else f'{{"role":{_string(role)},"parts":[{parts}]}}'
+    return None if parts is None else f'{{"role":{_string(role)},"parts":[{parts}]{end}}}'
 
 
 def _plain_calls(content: str | None, calls: Any) -> str | None:

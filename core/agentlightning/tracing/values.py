@@ -10,6 +10,8 @@ import json
 from collections.abc import Sequence
 from typing import Final, cast
 
+import orjson
+
 from agentlightning.types import Attributes, AttributeValue
 
 _SCALARS: Final = (str, bool, int, float)
@@ -60,6 +62,13 @@ def to_json(value: object) -> str:
     Never raises: what cannot be written at all gives its type's name in angle brackets.
     """
     try:
+        return orjson.dumps(value, _plain, _OPTIONS).decode()
+    except Exception:  # what orjson does not write: lone surrogates, integers beyond 64 bits
+        return _slowly(value)
+
+
+def _slowly(value: object) -> str:
+    try:
         return _encode(value)
     except Exception:  # of the value's own code, too
         return json.dumps(f"<{type(value).__name__}>")
@@ -79,4 +88,7 @@ def _plain(value: object) -> object:
     return str(value)
 
 
+_OPTIONS: Final = (
+    orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
+)
 _encode: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_plain).encode
