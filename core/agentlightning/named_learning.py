@@ -37,6 +37,8 @@ class NamedLearning:
     air_rules: Sequence[str] = ()
     """Rules of the user's, which count without the default ones too."""
     air_bound: float = BOUND
+    air_fine: float = 0.0
+    """What a failed tool call costs by the default rules."""
     agents: Sequence[str] = ()
     """Names or node paths of the agents that learn, globs; none for all."""
     select: str | None = None
@@ -63,7 +65,7 @@ class NamedLearning:
 
     def _air(self) -> AIR | None:
         own = [rule_named(reference) for reference in self.air_rules]
-        rules = [*(default_rules() if self.air else ()), *own]
+        rules = [*(default_rules(fine=self.air_fine) if self.air else ()), *own]
         return AIR(rules, self.air_bound) if rules else None
 
     def _selector(self) -> Selector | None:

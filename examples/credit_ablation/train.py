@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from agentlightning.bridge import LearningSettings, deciding_attempt
-from agentlightning.learning import AIR, StepGroups, air_weighted, identical
+from agentlightning.learning import AIR, StepGroups, air_weighted, default_rules, identical
 from agentlightning.learning.air import repeated_call, tool_outcome
 from agentlightning.reading import read_episode
 from agentlightning.types import Episode, Mode, ToolStatus
@@ -42,7 +42,7 @@ ARMS: Mapping[str, LearningSettings] = {
         air=AIR(rules=[tool_outcome("tool_succeeded", 0.1, ToolStatus.OK), repeated_call(-0.2)]),
     ),
     # Calls whose tool failed are fined as well.
-    "air_fines": LearningSettings(credit=air_weighted(), air=AIR()),
+    "air_fines": LearningSettings(credit=air_weighted(), air=AIR(default_rules(fine=0.1))),
 }
 
 

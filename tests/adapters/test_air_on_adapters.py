@@ -58,7 +58,7 @@ PLAYS: Mapping[str, Play] = {
     ),
     "truncated": Play(Case.OK, lambda: [Cut("thre")], [("truncated", 0, None)]),
     "malformed tool call": Play(
-        Case.OK, lambda: ['<tool_call>{"name": "add", </tool_call>'], [("malformed_output", 0, None)]
+        Case.OK, lambda: ['<tool_call>{"name": "add", </tool_call>'], [("malformed_call", 0, None)]
     ),
     "structured": scripted(Case.STRUCTURED, []),
     "structured, cut": Play(

@@ -18,9 +18,11 @@ from agentlightning.bridge import LearningSettings, make_batch
 from agentlightning.errors import InvalidInput
 from agentlightning.learning import AIR, Estimator, Normalise, Rule, apply_air, rule_named
 from agentlightning.learning.air import (
+    default_rules,
     empty_result,
     find_signals,
     has_form,
+    malformed_call,
     malformed_output,
     repeated_call,
     tool_outcome,
@@ -75,16 +77,33 @@ def test_the_other_rules_find_their_signals() -> None:
         },
     )
     spans = [asked, tool(200), tool(300), tool(400, result="")]
-    rules = [repeated_call(-1), empty_result(-2), malformed_output(-4), truncated(-8)]
+    rules = [repeated_call(-1), empty_result(-2), malformed_call(-4), truncated(-8), malformed_output(-16)]
     shaped = apply_air(read(spans), AIR(rules, bound=100))
     assert sorted(s.rule for s in shaped.signals) == [
         "empty_result",
-        "malformed_output",
+        "malformed_call",
         "repeated_call",
         "repeated_call",
         "truncated",
     ]
     assert shaped.transitions[0].reward == -16
+
+
+def test_a_failed_tool_call_costs_nothing_unless_it_is_to() -> None:
+    asked = gateway_call(100, [1], [2], extra={"agentlightning.malformed_tool_call": "<tool_call>{"})
+    failures = (ToolStatus.RAISED, ToolStatus.UNKNOWN_TOOL, ToolStatus.BAD_ARGUMENTS)
+    played = read([asked, *(tool(200 + i, arguments=f"[{i}]", status=s) for i, s in enumerate(failures))])
+    free, fined = (
+        apply_air(played, AIR(rules, bound=1)) for rules in (default_rules(), default_rules(fine=0.1))
+    )
+    assert [s.rule for s in free.signals] == [
+        "tool_raised",
+        "unknown_tool",
+        "bad_arguments",
+        "malformed_call",
+    ]
+    assert [str(s.value) for s in free.signals] == ["0.0"] * 4
+    assert fined.transitions[0].reward == pytest.approx(-0.4)
 
 
 def test_intermediate_rewards_reach_the_advantages() -> None:
@@ -239,7 +258,8 @@ def test_an_explanation_has_every_call_and_what_the_bound_left() -> None:
     failed = tool(150, call_id="c1", status=ToolStatus.RAISED)
     calls = [tool(300 + i, arguments=f"[{i}]") for i in range(4)]
     played = read([first, failed, gateway_call(200, [1, 2], [3]), *calls, adapter_call(900)])
-    explained = explain(played, AIR())
+    fining = AIR(default_rules(fine=0.1))
+    explained = explain(played, fining)
     one, two, other = explained.calls
     assert (one.tools, [(s.rule, s.value, s.counted) for s in one.signals]) == (
         ["calculator"],
@@ -250,7 +270,7 @@ def test_an_explanation_has_every_call_and_what_the_bound_left() -> None:
     assert [s.value for s in two.signals] == [0.1] * 4
     assert two.total == pytest.approx(0.3)
     assert (explained.good, explained.bad) == pytest.approx((0.75, 1.0))
-    assert explained.total == pytest.approx(sum(t.reward for t in apply_air(played, AIR()).transitions))
+    assert explained.total == pytest.approx(sum(t.reward for t in apply_air(played, fining).transitions))
     assert not other.trainable
     totals = rule_totals([explained, explained])
     assert list(totals) == ["tool_succeeded", "tool_raised"]

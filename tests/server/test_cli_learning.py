@@ -98,7 +98,7 @@ def result(*arguments: str | Path) -> dict[str, Any]:
 
 
 def test_the_rules_of_a_run_are_summed_up(run: Path) -> None:
-    found = result("air", run, "--air-rule", MINE, "--air-bound", "0.2")
+    found = result("air", run, "--air-rule", MINE, "--air-bound", "0.2", "--air-fine", "0.1")
     assert found["rules"] == {
         "first_call": {"signals": 2, "episodes": 2, "value": 0.4, "counted": pytest.approx(0.2 / 1.5 + 0.2)},
         "tool_succeeded": {"signals": 1, "episodes": 1, "value": 0.1, "counted": pytest.approx(0.1 / 1.5)},
@@ -111,14 +111,14 @@ def test_the_rules_of_a_run_are_summed_up(run: Path) -> None:
 
 
 def test_a_rollout_is_explained_call_by_call(run: Path) -> None:
-    found = result("air", run, "--explain", f"{GROUP}.1")
+    found = result("air", run, "--explain", f"{GROUP}.1", "--air-fine", "0.1")
     first, second = found["calls"]
     assert (first["agent_name"], first["tools"], second["tools"]) == ("writer", ["calculator"], [])
     (signal,) = first["signals"]
     assert (signal["rule"], signal["value"], signal["counted"]) == ("tool_raised", -0.1, -0.1)
     assert (signal["evidence"]["tool"], signal["evidence"]["status"]) == ("calculator", "raised")
     assert (first["total"], second["total"], found["total"]) == (-0.1, 0, -0.1)
-    shown = agl("air", str(run), "--explain", f"{GROUP}.1").stdout
+    shown = agl("air", str(run), "--explain", f"{GROUP}.1", "--air-fine", "0.1").stdout
     assert "tool_raised" in shown
     assert "[bold]" in shown  # what agents say is no markup
     assert "final reward 0, AIR -0.1; the bound 0.3 did not act" in shown
@@ -207,7 +207,7 @@ def test_a_run_takes_the_options_and_is_rescored_as_it_was(tmp_path: Path) -> No
     assert trained.returncode == 0, trained.stderr
     named = json.loads((output / "run.json").read_text())
     kept = {"credit": "air_weighted", "estimator": "rloo", "normalise": "token", "by_agent": True}
-    kept |= {"step_groups": 0.5, "air": False, "air_rules": [rule], "air_bound": 0.3}
+    kept |= {"step_groups": 0.5, "air": False, "air_rules": [rule], "air_bound": 0.3, "air_fine": 0.0}
     assert {name: named[name] for name in kept} == kept
     (step,) = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert {"kl_reference", "importance"} <= step["update"].keys()

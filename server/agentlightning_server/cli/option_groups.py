@@ -20,16 +20,81 @@ from typing import Annotated, Any, Final, TypeAlias
 import typer
 
 from agentlightning.bridge import LearningSettings
+from agentlightning.errors import InvalidInput
 from agentlightning.learning import CREDIT, Estimator, Normalise
 from agentlightning.named_learning import NamedLearning
 from agentlightning_server.engines.embedded.settings import KLEstimator
+from agentlightning_server.settings import CHOICES
+from agentlightning_server.store import is_url
 
 Given: TypeAlias = Mapping[str, Any]  # no text: Typer evaluates it in the module of the command
 Options: TypeAlias = Mapping[str, Any]
 """Annotated types by the name of the setting."""
 
-_LEARNING, _UPDATE = "Learning", "Update"  # headings of the help
+_LEARNING, _UPDATE, _OPERATING = "Learning", "Update", "Operating"  # headings of the help
 
+OPERATING: Final[Options] = {
+    "database": Annotated[
+        str | None,
+        typer.Option(
+            envvar="AGENTLIGHTNING_DATABASE",
+            help="SQLite file, or postgresql://user:password@host/name, which several servers may share.  "
+            "\\[default: store.db in --data]",
+            rich_help_panel=_OPERATING,
+        ),
+    ],
+    "durability": Annotated[
+        str | None,
+        typer.Option(
+            envvar="AGENTLIGHTNING_DURABILITY",
+            help='"full" outlives power loss, "normal" a killed process only.  \\[default: full]',
+            rich_help_panel=_OPERATING,
+        ),
+    ],
+    "retain_days": Annotated[
+        float | None,
+        typer.Option(
+            envvar="AGENTLIGHTNING_RETAIN_DAYS",
+            min=0,
+            help="Delete rollouts that ended longer ago, but none that a run still needs.",
+            rich_help_panel=_OPERATING,
+        ),
+    ],
+    "retain_gib": Annotated[
+        float | None,
+        typer.Option(
+            envvar="AGENTLIGHTNING_RETAIN_GIB",
+            min=0,
+            help="Delete the oldest such rollouts while the database is larger.",
+            rich_help_panel=_OPERATING,
+        ),
+    ],
+    "log_format": Annotated[
+        str | None,
+        typer.Option(
+            envvar="AGENTLIGHTNING_LOG_FORMAT",
+            help='"text" or "json".  \\[default: text]',
+            rich_help_panel=_OPERATING,
+        ),
+    ],
+    "log_level": Annotated[
+        str | None,
+        typer.Option(
+            envvar="AGENTLIGHTNING_LOG_LEVEL",
+            help='"info" logs every request: its route, status and time.  \\[default: warning]',
+            rich_help_panel=_OPERATING,
+        ),
+    ],
+    "trace_server": Annotated[
+        bool | None,
+        typer.Option(
+            "--trace-server",
+            envvar="AGENTLIGHTNING_TRACE_SERVER",
+            help="Send spans of the server's own requests to OTEL_EXPORTER_OTLP_ENDPOINT.",
+            rich_help_panel=_OPERATING,
+        ),
+    ],
+}
 LEARNING: Final[Options] = {
     "air": Annotated[
         bool | None,
@@ -54,6 +119,16 @@ LEARNING: Final[Options] = {
             "--air-bound",
             min=0,
             help="Most that an episode's signals of one sign may add up to.  \\[default: 0.3]",
+            rich_help_panel=_LEARNING,
+        ),
+    ],
+    "air_fine": Annotated[
+        float | None,
+        typer.Option(
+            "--air-fine",
+            min=0,
+            help="What a failed tool call costs; above 0, an agent that mostly fails learns to call none.  "
+            "\\[default: 0]",
             rich_help_panel=_LEARNING,
         ),
     ],
@@ -110,7 +185,9 @@ LEARNING: Final[Options] = {
 }
 """Settings of `NamedLearning`."""
 
-INTERMEDIATE: Final[Options] = {name: LEARNING[name] for name in ("air", "air_rules", "air_bound")}
+INTERMEDIATE: Final[Options] = {
+    name: LEARNING[name] for name in ("air", "air_rules", "air_bound", "air_fine")
+}
 WORTH: Final[Options] = INTERMEDIATE | {name: LEARNING[name] for name in ("credit", "agents", "select")}
 """Those that say what single calls are worth, without comparing them."""
 
@@ -185,6 +262,15 @@ def option_group(parameter: str, options: Options) -> Callable[[Callable[..., No
         return with_options
 
     return decorate
+
+
+def operating_of(given: Given, database: Path) -> dict[str, Any]:
+    """Fields of `Settings`, with the database where none was named. Raises InvalidInput."""
+    for name, choices in CHOICES.items():
+        if name in given and given[name] not in choices:
+            raise InvalidInput(f"--{name.replace('_', '-')} must be {' or '.join(choices)}")
+    where = str(given.get("database") or database)
+    return {**given, "database": where if is_url(where) else Path(where)}
 
 
 def learning_of(given: Given, base: NamedLearning | None = None) -> LearningSettings:
