@@ -114,7 +114,8 @@ def request_headers(url: str) -> dict[str, str]:
         return {}
     headers = dict[str, str]()
     if span is not None:
-        headers = {TRACEPARENT: span.traceparent, semconv.HEADER_TRACEPARENT: span.traceparent}
+        traceparent = span.traceparent
+        headers = {TRACEPARENT: traceparent, semconv.HEADER_TRACEPARENT: traceparent}
     if active is not None:
         headers[semconv.HEADER_ROLLOUT] = active.rollout_id
         headers[semconv.HEADER_ATTEMPT] = active.attempt_id

@@ -127,7 +127,7 @@ def test_a_run_is_recorded_call_by_call(server: ScriptedServer) -> None:
     assert {key: first.attributes.get(key) for key in expected} == expected
     (tool,) = seen.tools
     assert (tool.attributes[semconv.TOOL_ARGUMENTS], tool.attributes[semconv.TOOL_RESULT]) == (
-        '{"a":1,"b":2}',
+        '{"a": 1, "b": 2}',
         "3",
     )
     assert first.end_ns <= tool.start_ns <= tool.end_ns <= second.start_ns

@@ -207,7 +207,7 @@ def test_a_run_is_recorded_call_by_call(server: ScriptedServer) -> None:
     assert {key: first.attributes.get(key) for key in expected} == expected
     (tool,) = seen.tools
     assert (tool.attributes[semconv.TOOL_ARGUMENTS], tool.attributes[semconv.TOOL_RESULT]) == (
-        '{"a":1,"b":2}',
+        '{"a": 1, "b": 2}',
         "3",
     )
     assert tool.attributes[semconv.TOOL_DESCRIPTION] == "Add two numbers."
@@ -318,7 +318,7 @@ def test_an_unknown_tool_that_ends_the_run_is_recorded(server: ScriptedServer, r
     seen.assert_joined()
     (span,) = seen.tools
     assert (span.name, span.attributes[semconv.TOOL_STATUS]) == ("execute_tool nope", "unknown_tool")
-    assert span.attributes[semconv.TOOL_ARGUMENTS] == '{"x":1}'
+    assert span.attributes[semconv.TOOL_ARGUMENTS] == '{"x": 1}'
     assert seen.parent(span) == "invoke_agent calc"
     assert seen.agents[0].attributes[semconv.ERROR_TYPE] == "ModelBehaviorError"
 
@@ -645,7 +645,7 @@ def test_a_stream_of_a_model_that_is_left_early_is_closed(server: ScriptedServer
         ["runs.start_agent"],
         ["llm.start_llm", "tools.start_tool"],
         ["llm.end_llm", "tools.end_tool"],
-        ["chat.ChatStream.add", "chat.completion", "chat.request", "tools._parsed"],
+        ["chat.ChatStream.add", "chat.completion", "chat.request", "tools.is_recording"],
     ],
 )
 def test_a_hook_that_fails_does_not_reach_the_agent(

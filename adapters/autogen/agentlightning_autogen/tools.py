@@ -80,8 +80,7 @@ def _begin(call: Any, agent_name: str | None) -> _Execution | None:
         return None
     around = open_span()
     where = Where(SCOPE, agent_name or (around.agent_name if around is not None else None))
-    arguments = _parsed(call.arguments)
-    span = start_tool(tracer, where, around, name=call.name, arguments=arguments, call_id=call.id)
+    span = start_tool(tracer, where, around, name=call.name, arguments=call.arguments, call_id=call.id)
     return _Execution(call.id, span)
 
 

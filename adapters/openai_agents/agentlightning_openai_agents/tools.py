@@ -8,7 +8,6 @@ A handoff is a tool call too: the model asks for it by name.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, Final
@@ -84,18 +83,11 @@ def _begin(call: Any, description: str | None = None) -> _Execution | None:
         where(),
         open_span(),
         name=call.name,
-        arguments=_parsed(call.arguments),
+        arguments=call.arguments,
         call_id=call.call_id,
         description=description,
     )
     return _Execution(call.name, span)
-
-
-def _parsed(arguments: str) -> object:
-    try:
-        return json.loads(arguments)
-    except (ValueError, TypeError):
-        return arguments
 
 
 # --- a tool that exists --------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def start_tool(
     description: str | None = None,
     start_ns: int | None = None,
 ) -> SpanHandle:
-    """Start the span of one tool call. `arguments` are the parsed ones, or the text that did not parse."""
+    """Start the span of one tool call. `arguments` are the text that the model wrote, or parsed ones."""
     attributes: dict[str, AttributeValue] = {
         semconv.OPERATION: semconv.OP_TOOL,
         semconv.TOOL_NAME: name,
