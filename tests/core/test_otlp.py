@@ -11,7 +11,13 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 
 from agentlightning import semconv
 from agentlightning.errors import InvalidSpans
-from agentlightning.otlp import export_request, span_from_json, span_to_json, spans_from_request
+from agentlightning.otlp import (
+    encode_request,
+    export_request,
+    span_from_json,
+    span_to_json,
+    spans_from_request,
+)
 from agentlightning.types import Span, SpanEvent, SpanKind, SpanLink, SpanStatus
 
 TRACE, PARENT, CHILD = "a" * 32, "b" * 16, "c" * 16
@@ -82,6 +88,11 @@ def test_a_span_survives_json(original: Span) -> None:
 def test_a_request_gives_back_its_spans(originals: list[Span]) -> None:
     read = spans_from_request(json.loads(json.dumps(export_request(originals))))
     assert sorted(read, key=lambda item: item.span_id) == sorted(originals, key=lambda item: item.span_id)
+
+
+@given(st.lists(spans, max_size=5, unique_by=lambda item: item.span_id))
+def test_the_quick_writer_writes_the_same_request(originals: list[Span]) -> None:
+    assert json.loads(encode_request(originals)) == json.loads(json.dumps(export_request(originals)))
 
 
 def test_a_request_groups_by_resource_and_scope() -> None:

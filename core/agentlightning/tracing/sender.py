@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from agentlightning.errors import InvalidInput
-from agentlightning.otlp import export_request
+from agentlightning.otlp import encode_request
 from agentlightning.tracing.guard import record_failure, warn
 from agentlightning.types import Span
 
@@ -158,7 +158,7 @@ class HttpSender:
             return batch
 
     def _deliver(self, batch: Sequence[Span]) -> None:
-        body = orjson.dumps(export_request(batch))
+        body = encode_request(batch)
         if self._compress:
             body = gzip.compress(body, compresslevel=COMPRESSION)
         give_up_at = time.monotonic() + self._retry_for_s
