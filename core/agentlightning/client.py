@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from agentlightning import context, errors, otlp
 from agentlightning.types import (
@@ -69,8 +69,15 @@ class LightningClient:
     """
 
     def __init__(
-        self, url: str, key: str, *, retries: int = RETRIES, sleep: Callable[[float], None] = time.sleep
+        self,
+        url: str,
+        key: str,
+        *,
+        project: str | None = None,
+        retries: int = RETRIES,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        """`project` is for the server's own admin key, which is good for all; other keys have theirs."""
         import httpx  # only here: it would double the time of `import agentlightning`
 
         self.url = url.rstrip("/")
@@ -80,7 +87,7 @@ class LightningClient:
         self._transport_error = httpx.TransportError
         self._http = httpx.Client(
             base_url=self.url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers=_headers(key, project),
             timeout=httpx.Timeout(TIMEOUT_S, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
         )
@@ -235,9 +242,18 @@ class LightningClient:
         """Names of the models that the gateway serves."""
         return [Reader(item, "model").text("id") for item in self._get("/v1/models").items("data")]
 
-    def mint_key(self, scope: str) -> str:
-        """A new key of scope "runner" or "admin"; needs an admin's."""
-        return self._post("/api/keys", {"scope": scope}, repeatable=False).text("key")
+    def mint_key(self, scope: str, name: str = "", expires_in_s: float = 0.0) -> str:
+        """A new key of scope "admin", "trainer", "runner" or "reporter"; needs an admin's."""
+        body: dict[str, Json] = {"scope": scope, "name": name, "expires_in_s": expires_in_s}
+        return self._post("/api/keys", body, repeatable=False).text("key")
+
+    def list_keys(self) -> Sequence[Mapping[str, Json]]:
+        """The project's keys, each with id, name, scope, created_ns and expires_ns; needs an admin's."""
+        return cast("Sequence[Mapping[str, Json]]", self._get("/api/keys").items("keys"))
+
+    def revoke_key(self, key_id: str) -> None:
+        """The key no longer works; needs an admin's. Raises NotFound."""
+        self._send(lambda: self._http.delete(f"/api/keys/{_quote(key_id)}"), repeatable=True)
 
     def healthy(self) -> bool:
         """Whether the server answers and its database works. One try, never raises."""
@@ -279,6 +295,11 @@ class LightningClient:
                 wait_s = _retry_after_s(response)
             self._sleep(max(wait_s, _backoff_s(number)))
         raise AssertionError("unreachable")
+
+
+def _headers(key: str, project: str | None) -> dict[str, str]:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return headers if project is None else {**headers, "x-agentlightning-project": project}
 
 
 def _sent_what_waited() -> bool:

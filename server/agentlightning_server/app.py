@@ -7,7 +7,6 @@ the same error mapping.
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -22,19 +21,19 @@ from starlette.middleware import Middleware
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from agentlightning.errors import AgentLightningError, StoreError, Unavailable
+from agentlightning.errors import AgentLightningError, Unavailable
 
 from .auth import OPEN_PATHS, AuthMiddleware
 from .http_errors import on_error
+from .observing import Metrics, Observing, request_tracer
 from .routes import store_routes
 from .routes.body import too_large
+from .routes.operations import operations_routes, templates_of
 from .routes.polling import Polling
 from .settings import Settings
 from .store import Store
+from .upkeep import Upkeep
 
-logger = logging.getLogger(__name__)
-
-EXPIRE_EVERY_S = 1.0
 DRAIN_S = 10  # how long requests under way may take when the server stops
 START_S = 30.0
 
@@ -56,21 +55,23 @@ def create_app(
     """
     settings = settings.with_admin_key()
     assert settings.admin_key is not None
-    polling = Polling()
+    polling, metrics = Polling(), Metrics(store)
+    tracer = request_tracer(settings.trace_server)
+    keeping = Upkeep(store, settings.retention)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncGenerator[None]:
-        expiring = asyncio.create_task(_expire_for_ever(store))
-        try:
+        async with keeping.running():
             yield
-        finally:
-            expiring.cancel()
-            if on_stop is not None:
-                await on_stop()
+        if on_stop is not None:
+            await on_stop()
 
+    routes = [*gateway, *store_routes(store, settings, polling)]  # tried in this order, so the busiest first
+    routes += operations_routes(store, polling, metrics)
     app = Starlette(
-        routes=[*store_routes(store, settings, polling), *gateway],
+        routes=routes,
         middleware=[
+            Middleware(Observing, metrics, templates_of(routes), tracer),
             Middleware(AuthMiddleware, store, settings.admin_key, OPEN_PATHS | open_paths),
             Middleware(_BodyLimit, settings.max_body_bytes),
         ],
@@ -80,15 +81,6 @@ def create_app(
     app.state.settings = settings
     app.state.polling = polling
     return app
-
-
-async def _expire_for_ever(store: Store) -> None:
-    while True:
-        await asyncio.sleep(EXPIRE_EVERY_S)
-        try:
-            await asyncio.wrap_future(store.submit_expire())
-        except (StoreError, Unavailable) as error:
-            logger.warning("leases could not be checked: %s", error)
 
 
 class _BodyLimit:
@@ -154,6 +146,7 @@ def _server(app: Starlette) -> _Server:
         log_level="warning",
         access_log=False,  # URLs would be fine, but nobody reads a line per span batch
         server_header=False,
+        proxy_headers=False,  # nobody asks who the client is
         timeout_graceful_shutdown=DRAIN_S,
         timeout_keep_alive=65,  # longer than a long poll, so that clients rarely meet a closing connection
         ws="none",

@@ -246,6 +246,15 @@ def _encode_link(link: SpanLink) -> pb.Span.Link:
 
 
 def _encode_head(resource: Attributes, scope: str) -> bytes:
+    return _encode_whole_head(resource, scope) if resource else _encode_plain_head(scope)
+
+
+@lru_cache(maxsize=64)
+def _encode_plain_head(scope: str) -> bytes:
+    return _encode_whole_head({}, scope)
+
+
+def _encode_whole_head(resource: Attributes, scope: str) -> bytes:
     return pb.ResourceSpans(
         resource=Resource(attributes=_pairs(resource)),
         scope_spans=[pb.ScopeSpans(scope=InstrumentationScope(name=_utf8(scope)))],
@@ -253,7 +262,16 @@ def _encode_head(resource: Attributes, scope: str) -> bytes:
 
 
 def _pairs(attributes: Attributes) -> list[KeyValue]:
-    return [KeyValue(key=_utf8(name), value=_any_value(value)) for name, value in attributes.items()]
+    return [_pair(name, value) for name, value in attributes.items()]
+
+
+def _pair(name: str, value: AttributeValue) -> KeyValue:
+    if type(value) is str:  # nearly all are; what cannot be written takes the long way
+        try:
+            return KeyValue(key=name, value=AnyValue(string_value=value))
+        except (UnicodeEncodeError, ValueError):
+            pass
+    return KeyValue(key=_utf8(name), value=_any_value(value))
 
 
 def _any_value(value: AttributeValue, depth: int = 0) -> AnyValue:

@@ -10,16 +10,19 @@ import dataclasses
 import ipaddress
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from agentlightning.errors import InvalidInput
+
+from .retention import Retention
 
 ENV_PREFIX = "AGENTLIGHTNING_"
 KEY_FILE = "admin.key"
 Durability = Literal["full", "normal"]
+LogFormat = Literal["text", "json"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +33,10 @@ class Settings:
     """Address to bind. Anything beyond loopback needs `admin_key`."""
     port: int = 8700
     """0 takes any free port."""
-    database: Path = Path("agentlightning.db")
-    """SQLite file. Its folder is the data folder."""
+    database: Path | str = Path("agentlightning.db")
+    """SQLite file, or URL of a PostgreSQL database (postgresql://user:password@host/name)."""
+    data: Path | None = None
+    """Data folder, for the key that is made on loopback. None: the SQLite file's folder."""
     admin_key: str | None = None
     """Key of the admin scope. None on loopback: one is made and written to `<data folder>/admin.key`."""
     durability: Durability = "full"
@@ -42,10 +47,30 @@ class Settings:
     """TOML or JSON file of the models that other endpoints answer; see `gateway.upstreams`."""
     max_body_mib: int = 20
     """Largest request body, compressed and inflated alike; the OpenTelemetry Collector's default."""
+    retain_days: float | None = None
+    """Days after its end that a rollout is kept; None for ever. `store.retention` says what always stays."""
+    retain_gib: float | None = None
+    """Size of the database above which the oldest rollouts go; None for no limit."""
+    log_format: LogFormat = "text"
+    """"text" for people, "json" for machines; prompts and keys are in neither."""
+    log_level: str = "warning"
+    """"info" logs every request: its route, status and time."""
+    trace_server: bool = False
+    """Send OpenTelemetry spans of the server's own requests to OTEL_EXPORTER_OTLP_ENDPOINT."""
 
     @property
     def data_dir(self) -> Path:
-        return self.database.parent
+        if self.data is not None:
+            return self.data
+        return self.database.parent if isinstance(self.database, Path) else Path("agentlightning-data")
+
+    @property
+    def retention(self) -> Retention:
+        """What old rollouts to let go."""
+        return Retention(
+            None if self.retain_days is None else int(self.retain_days * 86_400e9),
+            None if self.retain_gib is None else int(self.retain_gib * (1 << 30)),
+        )
 
     @property
     def max_body_bytes(self) -> int:
@@ -89,14 +114,33 @@ def is_loopback(host: str) -> bool:
 
 
 def _parse(variable: str, field: str, text: str) -> object:
-    if field in ("port", "max_body_mib"):
+    if field in _NUMBERS:
         try:
-            return int(text)
+            return _NUMBERS[field](text)
         except ValueError:
-            raise InvalidInput(f"{variable}={text!r} is not a whole number") from None
-    if field == "durability" and text not in ("full", "normal"):
-        raise InvalidInput(f"{variable}={text!r} must be 'full' or 'normal'")
-    return Path(text) if field in ("database", "upstreams") else text
+            kind = "a whole number" if _NUMBERS[field] is int else "a number"
+            raise InvalidInput(f"{variable}={text!r} is not {kind}") from None
+    if field in CHOICES and text not in CHOICES[field]:
+        raise InvalidInput(f"{variable}={text!r} must be {' or '.join(map(repr, CHOICES[field]))}")
+    if field == "trace_server":
+        return text == "true"
+    if field == "database" and "://" in text:
+        return text
+    return Path(text) if field in ("database", "data", "upstreams") else text
+
+
+_NUMBERS: Final[Mapping[str, Callable[[str], float]]] = {
+    "port": int,
+    "max_body_mib": int,
+    "retain_days": float,
+    "retain_gib": float,
+}
+CHOICES: Final[Mapping[str, Sequence[str]]] = {
+    "durability": ("full", "normal"),
+    "log_format": ("text", "json"),
+    "log_level": ("debug", "info", "warning", "error"),
+    "trace_server": ("true", "false"),
+}
 
 
 def _key_on_disk(path: Path) -> str:

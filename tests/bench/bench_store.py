@@ -43,11 +43,11 @@ ROLLOUTS = 600
 def run() -> dict[str, float]:
     """Spans and rollouts per second, medians of 3."""
     with _server() as url:
-        warm = _bodies(8, 100, "warm")
+        warm = span_bodies(8, 100, "warm")
         _spans_per_s(url, warm)
-        small = [_spans_per_s(url, _bodies(200, 100, f"s{i}")) for i in range(REPEATS)]
-        large = [_spans_per_s(url, _bodies(60, 6000, f"l{i}")) for i in range(REPEATS)]
-        single = [_spans_per_s(url, _bodies(600, 100, f"o{i}", batch=1)) for i in range(REPEATS)]
+        small = [_spans_per_s(url, span_bodies(200, 100, f"s{i}")) for i in range(REPEATS)]
+        large = [_spans_per_s(url, span_bodies(60, 6000, f"l{i}")) for i in range(REPEATS)]
+        single = [_spans_per_s(url, span_bodies(600, 100, f"o{i}", batch=1)) for i in range(REPEATS)]
         queue = [_rollouts_per_s(url, f"q{i}") for i in range(REPEATS)]
     return {
         "durable_spans_per_s_small": _median(small),
@@ -70,7 +70,7 @@ def _server() -> Generator[str]:
             process.stdout.close()
 
 
-def _bodies(count: int, payload: int, rollout_id: str, batch: int = BATCH) -> list[bytes]:
+def span_bodies(count: int, payload: int, rollout_id: str, batch: int = BATCH) -> list[bytes]:
     """Requests of spans of one rollout with 6 attributes and a text of `payload` bytes."""
     bodies: list[bytes] = []
     seed = abs(hash(rollout_id)) % 2**40
@@ -92,11 +92,14 @@ def _bodies(count: int, payload: int, rollout_id: str, batch: int = BATCH) -> li
     return bodies
 
 
-class _Connection:
+class Connection:
+    """One kept-alive connection with the server's key."""
+
     def __init__(self, url: str) -> None:
         self._http = http.client.HTTPConnection(urlsplit(url).netloc)
 
     def post(self, path: str, body: bytes, kind: str) -> bytes:
+        """The answer's body; anything but success raises."""
         self._http.request("POST", path, body, {"Authorization": "Bearer key", "Content-Type": kind})
         answer = self._http.getresponse()
         content = answer.read()
@@ -105,13 +108,14 @@ class _Connection:
         return content
 
     def call(self, path: str, body: Any) -> Any:
+        """As `post`, in JSON."""
         return json.loads(self.post(path, json.dumps(body).encode(), "application/json"))
 
 
 def _spans_per_s(url: str, bodies: Sequence[bytes]) -> float:
     batch = len(ExportTraceServiceRequest.FromString(bodies[0]).resource_spans[0].scope_spans[0].spans)
 
-    def send(connection: _Connection, index: int) -> None:
+    def send(connection: Connection, index: int) -> None:
         for body in bodies[index::CONNECTIONS]:
             connection.post("/v1/traces", body, "application/x-protobuf")
 
@@ -120,9 +124,9 @@ def _spans_per_s(url: str, bodies: Sequence[bytes]) -> float:
 
 def _rollouts_per_s(url: str, prefix: str) -> float:
     rollouts = [{"id": f"{prefix}-{i}", "task": {"id": "t", "input": {"q": i}}} for i in range(ROLLOUTS)]
-    _Connection(url).call("/api/rollouts", {"rollouts": rollouts})
+    Connection(url).call("/api/rollouts", {"rollouts": rollouts})
 
-    def work(connection: _Connection, index: int) -> None:
+    def work(connection: Connection, index: int) -> None:
         worker = f"w{index}"
         while claims := connection.call("/api/claims", {"worker_id": worker, "max": 4})["claims"]:
             for claim in claims:
@@ -132,8 +136,8 @@ def _rollouts_per_s(url: str, prefix: str) -> float:
     return ROLLOUTS / _time(url, work)
 
 
-def _time(url: str, work: Callable[[_Connection, int], None]) -> float:
-    threads = [threading.Thread(target=work, args=(_Connection(url), index)) for index in range(CONNECTIONS)]
+def _time(url: str, work: Callable[[Connection, int], None]) -> float:
+    threads = [threading.Thread(target=work, args=(Connection(url), index)) for index in range(CONNECTIONS)]
     began = time.perf_counter()
     for thread in threads:
         thread.start()

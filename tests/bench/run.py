@@ -20,6 +20,8 @@ PARTS = (
     "bench_adapters",
     "bench_instrumentations",
     "bench_store",
+    "bench_server",
+    "bench_database",
     "bench_gateway",
     "bench_merging",
     "bench_engine",

@@ -28,6 +28,8 @@ FRAMEWORKS = {
     "langchain_openai",
     "langgraph",
 }
+VERL = SERVER / "verl"
+VERLS = {"hydra", "omegaconf", "ray", "tensordict", "transfer_queue", "verl", "vllm"}
 TORCH = {"torch", "transformers", "peft", "accelerate", "gguf"}
 
 
@@ -71,11 +73,17 @@ def test_the_server_knows_no_framework_and_no_adapter() -> None:
         assert not imports(path) & (FRAMEWORKS | set(ADAPTERS)), path
 
 
-def test_only_the_embedded_engine_imports_torch_at_module_level() -> None:
+def test_torch_is_imported_where_models_are_computed_only() -> None:
     for path in files(SERVER):
-        if path.is_relative_to(SERVER / "engines" / "embedded"):
+        if path.is_relative_to(SERVER / "engines" / "embedded") or path.is_relative_to(VERL):
             continue
         assert not imports(path) & TORCH, path
+
+
+def test_only_the_verl_package_speaks_verls_types() -> None:
+    for path in files(SERVER):
+        if not path.is_relative_to(VERL):
+            assert not imports(path) & VERLS, path
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -126,7 +126,7 @@ def test_an_agent_whose_lease_is_lost_is_ended(server: StoreServer, tmp_path: Pa
         (pid,) = pids_of(tmp_path)
         sql = "UPDATE attempts SET lease_expires_ns = 1 WHERE id = 'leased-1'"
         with blocked(server.store):  # one commit, so that no heartbeat comes in between
-            server.store._submit(lambda connection, _: connection.exec_driver_sql(sql))  # pyright: ignore[reportPrivateUsage]
+            server.store._submit(lambda write: write.connection.exec_driver_sql(sql))  # pyright: ignore[reportPrivateUsage]
             server.store.submit_expire()
         server.store.wait(["leased"], 30)
         wait_until(lambda: not alive(pid))

@@ -17,24 +17,29 @@ from agentlightning.types import AttemptStatus
 from agentlightning_server.app import create_app, serve_in_thread
 from agentlightning_server.auth import KeyScope, principal
 from agentlightning_server.settings import Settings
-from agentlightning_server.store import Principal, Store
+from agentlightning_server.store import Store
 
 # Every route with a body that gets past reading, and who may call it besides an admin.
 ROUTES: list[tuple[str, str, set[str]]] = [
-    ("POST", "/v1/traces", {"runner", "attempt"}),
-    ("POST", "/rollouts/own/attempts/own-1/v1/traces", {"runner", "attempt"}),
-    ("POST", "/api/rollouts", {"runner"}),
-    ("GET", "/api/rollouts", {"runner"}),
-    ("POST", "/api/rollouts/wait", {"runner"}),
-    ("GET", "/api/rollouts/own", {"runner"}),
-    ("GET", "/api/rollouts/own/spans", {"runner"}),
-    ("POST", "/api/rollouts/spare/cancel", {"runner"}),
-    ("POST", "/api/rollouts/own/rewards", {"runner"}),
+    ("POST", "/v1/traces", {"trainer", "runner", "attempt"}),
+    ("POST", "/rollouts/own/attempts/own-1/v1/traces", {"trainer", "runner", "attempt"}),
+    ("POST", "/api/rollouts", {"trainer"}),
+    ("GET", "/api/rollouts", {"trainer"}),
+    ("POST", "/api/rollouts/wait", {"trainer"}),
+    ("GET", "/api/rollouts/own", {"trainer"}),
+    ("GET", "/api/rollouts/own/spans", {"trainer"}),
+    ("POST", "/api/rollouts/spare/cancel", {"trainer"}),
+    ("POST", "/api/rollouts/own/rewards", {"trainer", "reporter"}),
     ("POST", "/api/claims", {"runner"}),
     ("POST", "/api/attempts/own-1/heartbeat", {"runner"}),
     ("POST", "/api/attempts/gone-1/finish", {"runner"}),
     ("POST", "/api/keys", set()),
+    ("GET", "/api/keys", set()),
+    ("DELETE", "/api/keys/none", set()),
+    ("GET", "/metrics", {"trainer"}),
+    ("GET", "/openapi.json", {"trainer", "runner", "reporter", "attempt"}),
 ]
+SCOPES = ("admin", "trainer", "runner", "reporter", "attempt")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +55,7 @@ def keys(server: StoreServer) -> dict[str, str]:
     server.store.finish("ended-1", "w", AttemptStatus.SUCCEEDED)
     return {
         "admin": server.key,
-        "runner": server.store.mint_key(Principal(KeyScope.RUNNER)),
+        **{name: server.store.mint_key(KeyScope(name)) for name in ("trainer", "runner", "reporter")},
         "attempt": claims["own"].key,
         "ended": claims["ended"].key,
         "wrong": "agl-admin-guessed",
@@ -59,8 +64,8 @@ def keys(server: StoreServer) -> dict[str, str]:
 
 def ask(server: StoreServer, method: str, path: str, key: str | None) -> httpx.Response:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    if method == "GET":
-        return httpx.get(server.url + path, headers=headers)
+    if method != "POST":
+        return httpx.request(method, server.url + path, headers=headers)
     return httpx.post(server.url + path, json={}, headers=headers)
 
 
@@ -68,7 +73,7 @@ def ask(server: StoreServer, method: str, path: str, key: str | None) -> httpx.R
 def test_each_route_serves_the_scopes_it_should(
     server: StoreServer, keys: dict[str, str], method: str, path: str, allowed: set[str]
 ) -> None:
-    for name in ("admin", "runner", "attempt"):
+    for name in SCOPES:
         status = ask(server, method, path, keys[name]).status_code
         if name in allowed or name == "admin":
             assert status not in (401, 403), name
@@ -110,7 +115,8 @@ def test_an_attempts_key_dies_with_the_attempt(server: StoreServer) -> None:
 
 def test_a_minted_key_works_and_only_its_hash_is_stored(server: StoreServer) -> None:
     key = server.client.mint_key("runner")
-    assert ask(server, "GET", "/api/rollouts", key).status_code == 200
+    assert ask(server, "POST", "/api/claims", key).status_code == 400
+    assert server.store.path is not None
     files = [path for path in server.store.path.parent.iterdir() if path.name.startswith("store.db")]
     assert all(key.encode() not in path.read_bytes() for path in files)
 

@@ -8,16 +8,19 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.support.stores import StoreServer, plain_span, queued, store_server
+from tests.support.stores import DATABASES, StoreServer, new_database, plain_span, queued, store_server
 from tests.support.waiting import wait_until
 
 from agentlightning.types import AttemptStatus, RolloutStatus, live_rollout_id
 from agentlightning.wire import rollout_to_json
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[StoreServer]:
-    with store_server(tmp_path_factory.mktemp("api")) as running:
+@pytest.fixture(scope="module", params=DATABASES)
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Generator[StoreServer]:
+    folder = tmp_path_factory.mktemp("api")
+    with store_server(folder, database=new_database(request.param, folder)) as running:
         yield running
 
 
@@ -190,7 +193,7 @@ def test_leases_run_out_on_the_server_by_themselves(server: StoreServer) -> None
     server.store.enqueue([queued("leased", seconds=0.01, attempts=1)])
     server.store.claim("gone")
     sql = "UPDATE attempts SET lease_expires_ns = 1 WHERE id = 'leased-1'"
-    server.store._submit(lambda connection, _: connection.exec_driver_sql(sql)).result()  # pyright: ignore[reportPrivateUsage]
+    server.store._submit(lambda write: write.connection.exec_driver_sql(sql)).result()  # pyright: ignore[reportPrivateUsage]
     (ended,) = server.store.wait(["leased"], 20)
     assert ended.status is RolloutStatus.FAILED
 

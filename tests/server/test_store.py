@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.support.stores import SECOND, Clock, blocked, plain_span, queued
+from tests.support.scale import scaled
+from tests.support.stores import DATABASES, SECOND, Clock, blocked, new_database, plain_span, queued
 
 from agentlightning.errors import Conflict, InvalidInput, NotFound, StoreError, Unavailable
 from agentlightning.types import (
@@ -25,9 +26,14 @@ def clock() -> Clock:
     return Clock()
 
 
+@pytest.fixture(params=DATABASES)
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
+    return new_database(request.param, tmp_path)
+
+
 @pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> Generator[Store]:
-    with Store(tmp_path / "store.db", clock=clock) as opened:
+def store(database: Path | str, clock: Clock) -> Generator[Store]:
+    with Store(database, clock=clock) as opened:
         yield opened
 
 
@@ -35,7 +41,7 @@ def store(tmp_path: Path, clock: Clock) -> Generator[Store]:
 
 
 def test_32_claimers_claim_each_rollout_once(store: Store) -> None:
-    ids = [f"r{i}" for i in range(400)]
+    ids = [f"r{i}" for i in range(scaled(400, 10_000))]
     store.enqueue([queued(i) for i in ids])
 
     def claim_all(worker: int) -> list[str]:
@@ -225,14 +231,14 @@ def test_pages_follow_each_other_and_filters_restrict(store: Store) -> None:
     assert store.rollouts(RolloutFilter(mode=Mode.LIVE)) == []
 
 
-def test_run_state_is_replaced_and_survives_reopening(tmp_path: Path) -> None:
-    with Store(tmp_path / "s.db") as store:
+def test_run_state_is_replaced_and_survives_reopening(database: Path | str) -> None:
+    with Store(database) as store:
         assert store.run("run") is None
         store.set_run("run", {"step": 1})
         store.set_run("run", {"step": 2, "order": [3, 1]})
         with pytest.raises(InvalidInput, match="JSON"):
             store.set_run("run", {"step": object()})  # type: ignore[dict-item]
-    with Store(tmp_path / "s.db") as store:
+    with Store(database) as store:
         assert store.run("run") == {"step": 2, "order": [3, 1]}
         assert store.runs() == ["run"]
 
@@ -240,14 +246,12 @@ def test_run_state_is_replaced_and_survives_reopening(tmp_path: Path) -> None:
 # --- the file and the writer ---------------------------------------------------------------------
 
 
-def test_a_newer_schema_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    path = tmp_path / "s.db"
-    Store(path).close()
-    with sqlite3.connect(path) as database:
-        database.execute("UPDATE meta SET value = '99'")
-    database.close()
-    with pytest.raises(StoreError, match=r"s\.db was written by a newer version.*upgrade"):
-        Store(path)
+def test_a_newer_schema_is_refused_with_the_remedy(database: Path | str) -> None:
+    with Store(database) as store:
+        sql = "UPDATE alembic_version SET version_num = '9999'"
+        store._submit(lambda write: write.connection.exec_driver_sql(sql)).result()  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(StoreError, match=r"was written by a newer version.*upgrade"):
+        Store(database)
 
 
 @pytest.mark.parametrize("damage", ["not a database at all", "one page"])
@@ -274,8 +278,8 @@ def test_the_database_of_another_program_is_refused(tmp_path: Path) -> None:
         Store(path)
 
 
-def test_a_full_queue_refuses_at_once_and_lets_others_wait(tmp_path: Path) -> None:
-    with Store(tmp_path / "s.db", max_pending=2) as store:
+def test_a_full_queue_refuses_at_once_and_lets_others_wait(database: Path | str) -> None:
+    with Store(database, max_pending=2) as store:
         with blocked(store):
             futures = [store.submit_spans([plain_span(i)]) for i in range(2)]
             with pytest.raises(Unavailable, match="send again"):
@@ -289,9 +293,9 @@ def test_a_full_queue_refuses_at_once_and_lets_others_wait(tmp_path: Path) -> No
         assert store.counts() == {"succeeded": 3}
 
 
-def test_what_waits_is_bounded_in_bytes_too(tmp_path: Path) -> None:
+def test_what_waits_is_bounded_in_bytes_too(database: Path | str) -> None:
     large = [plain_span(i, attributes={"text": "x" * 60_000}) for i in range(3)]
-    with Store(tmp_path / "s.db", max_pending_bytes=100_000) as store:
+    with Store(database, max_pending_bytes=100_000) as store:
         with blocked(store):
             first = store.submit_spans(large[:1])
             with pytest.raises(Unavailable):
@@ -300,11 +304,11 @@ def test_what_waits_is_bounded_in_bytes_too(tmp_path: Path) -> None:
         store.submit_spans(large[1:]).result(10)  # larger than the bound, but alone
 
 
-def test_a_write_that_breaks_the_transaction_fails_alone(tmp_path: Path) -> None:
-    with Store(tmp_path / "s.db") as store:
+def test_a_write_that_breaks_the_transaction_fails_alone(database: Path | str) -> None:
+    with Store(database) as store:
         with blocked(store):
             good = store.submit_spans([plain_span(1)])
-            bad = store._submit(lambda connection, _: connection.exec_driver_sql("INSERT INTO no VALUES (1)"))  # pyright: ignore[reportPrivateUsage]
+            bad = store._submit(lambda write: write.connection.exec_driver_sql("INSERT INTO no VALUES (1)"))  # pyright: ignore[reportPrivateUsage]
             also_good = store.submit_spans([plain_span(2)])
         good.result(10)
         also_good.result(10)
@@ -316,7 +320,7 @@ def test_a_write_that_breaks_the_transaction_fails_alone(tmp_path: Path) -> None
 def test_a_full_disk_acknowledges_nothing_and_is_survived(tmp_path: Path) -> None:
     def limit(pages: int) -> None:
         sql = f"PRAGMA max_page_count = {pages}"
-        store._submit(lambda connection, _: connection.exec_driver_sql(sql)).result()  # pyright: ignore[reportPrivateUsage]
+        store._submit(lambda write: write.connection.exec_driver_sql(sql)).result()  # pyright: ignore[reportPrivateUsage]
 
     large = [plain_span(i, "r", attributes={"text": "x" * 10_000}) for i in range(100)]
     with Store(tmp_path / "s.db") as store:
@@ -331,8 +335,8 @@ def test_a_full_disk_acknowledges_nothing_and_is_survived(tmp_path: Path) -> Non
         assert len(store.spans("r")) == 100
 
 
-def test_a_closed_store_says_so(tmp_path: Path) -> None:
-    store = Store(tmp_path / "s.db")
+def test_a_closed_store_says_so(database: Path | str) -> None:
+    store = Store(database)
     store.close()
     with pytest.raises(Unavailable, match="closed"):
         store.submit_spans([plain_span(1)])

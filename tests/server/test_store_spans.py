@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tests.support.stores import Clock, plain_span, queued
+from tests.support.stores import DATABASES, Clock, new_database, plain_span, queued
 
 from agentlightning import semconv
 from agentlightning.errors import InvalidReward, NotFound
@@ -35,9 +35,14 @@ def clock() -> Clock:
     return Clock()
 
 
+@pytest.fixture(params=DATABASES)
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
+    return new_database(request.param, tmp_path)
+
+
 @pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> Generator[Store]:
-    with Store(tmp_path / "store.db", clock=clock) as opened:
+def store(database: Path | str, clock: Clock) -> Generator[Store]:
+    with Store(database, clock=clock) as opened:
         yield opened
 
 

@@ -29,3 +29,25 @@ def transition(prompt: Sequence[int], response: Sequence[int], **changes: object
 def episode(*transitions: Transition, final: float | None = 1.0, group: str = "g") -> Episode:
     """An episode of these calls."""
     return Episode("r", "a", group, "t", list(transitions), final)
+
+
+def conversation(rng: np.random.Generator, group: str, final: float, number: int = 0) -> Episode:
+    """One to four calls that continue each other, each with an intermediate reward."""
+    history: list[int] = []
+    calls: list[Transition] = []
+    for _ in range(rng.integers(1, 5)):
+        prompt = [*history, *rng.integers(0, 99, rng.integers(1, 5)).tolist()]
+        response = rng.integers(0, 99, rng.integers(1, 7)).tolist()
+        calls.append(transition(prompt, response, reward=float(rng.normal() / 4)))
+        history = [*prompt, *response]
+    return replace(episode(*calls, final=final, group=group), rollout_id=f"{group}.{number}")
+
+
+def played(seed: int, groups: int = 4) -> list[Episode]:
+    """Groups of two to five episodes."""
+    rng = np.random.default_rng(seed)
+    return [
+        conversation(rng, str(group), float(rng.normal()), number)
+        for group in range(groups)
+        for number in range(rng.integers(2, 6))
+    ]

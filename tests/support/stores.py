@@ -30,10 +30,25 @@ class StoreServer:
         return {"Authorization": f"Bearer {self.key}"}
 
 
+DATABASES = ("sqlite", "postgresql")
+
+
+def new_database(kind: str, folder: Path) -> Path | str:
+    """Where a new database of the kind is to be opened."""
+    if kind == "sqlite":
+        return folder / "store.db"
+    from tests.support import postgres  # not everything that starts a server has PostgreSQL at hand
+
+    return postgres.new_database()
+
+
 @contextmanager
-def store_server(folder: Path, *, max_pending: int = 4096, **settings: Any) -> Generator[StoreServer]:
-    """A server on a free port; everything is closed at the end."""
-    chosen = Settings(port=0, database=folder / "store.db", **settings).with_admin_key()
+def store_server(
+    folder: Path, *, database: Path | str | None = None, max_pending: int = 4096, **settings: Any
+) -> Generator[StoreServer]:
+    """A server on a free port, over SQLite unless told otherwise; everything is closed at the end."""
+    where = folder / "store.db" if database is None else database
+    chosen = Settings(port=0, database=where, data=folder, **settings).with_admin_key()
     with (
         Store(chosen.database, max_pending=max_pending) as store,
         serve_in_thread(create_app(store, settings=chosen)) as running,
@@ -48,7 +63,7 @@ def blocked(store: Store) -> Generator[None]:
     """Nothing is written until the block ends; writes asked for meanwhile go into one commit."""
     release, entered = threading.Event(), threading.Event()
 
-    def hold(_connection: object, _changes: object) -> None:
+    def hold(_write: object) -> None:
         entered.set()
         release.wait()
 

@@ -21,22 +21,44 @@ from agentlightning.doctor import Finding, Level, Recorded, diagnose, gather
 from agentlightning.runner.__main__ import main as run_worker
 from agentlightning_server.cli import options
 from agentlightning_server.cli.export import export
+from agentlightning_server.cli.keys import keys
 from agentlightning_server.cli.learning import air, rescore
-from agentlightning_server.cli.option_groups import LEARNING, UPDATE, Given, learning_of, option_group
+from agentlightning_server.cli.option_groups import (
+    LEARNING,
+    OPERATING,
+    UPDATE,
+    Given,
+    learning_of,
+    operating_of,
+    option_group,
+)
 from agentlightning_server.cli.options import policies_of, say, trained_of
 from agentlightning_server.cli.progress import versions_of
 from agentlightning_server.cli.sources import stored
+from agentlightning_server.cli.storing import store
 from agentlightning_server.cli.training import evaluate, train
+from agentlightning_server.cli.verl import (
+    ConfigOption,
+    EngineKind,
+    EngineOption,
+    configuration,
+    model_for,
+    preflight_findings,
+    refuse_for_verl,
+    require_verl,
+)
 from agentlightning_server.engines.embedded.settings import DEFAULT_MODEL, EmbeddedSettings
+from agentlightning_server.observing import configure_logs
 from agentlightning_server.settings import Settings
 from agentlightning_server.training.live import LiveSettings, LiveTrainer
 from agentlightning_server.training.local import (
-    LocalServer,
+    Served,
     load_engine,
     local_server,
     newest_checkpoint,
 )
 from agentlightning_server.training.reporting import StepRecord
+from agentlightning_server.verl.config import VerlFile
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,6 +67,8 @@ app = typer.Typer(
     help="Agent Lightning: existing agents learn from their own traces.",
 )
 app.add_typer(export, name="export")
+app.add_typer(keys, name="keys")
+app.add_typer(store, name="store")
 app.command()(train)
 app.command(name="eval")(evaluate)
 app.command()(air)
@@ -67,8 +91,12 @@ def _options(
 @app.command()
 @option_group("update", UPDATE)
 @option_group("learning", LEARNING)
+@option_group("operating", OPERATING)
 def serve(
+    ctx: typer.Context,
     model: options.ModelOption = DEFAULT_MODEL,
+    engine_kind: EngineOption = EngineKind.EMBEDDED,
+    config: ConfigOption = None,
     host: options.HostOption = "127.0.0.1",
     port: options.PortOption = 8700,
     admin_key: options.AdminKeyOption = None,
@@ -86,6 +114,7 @@ def serve(
     *,
     learning: Given,
     update: Given,
+    operating: Given,
 ) -> None:
     """Serve a policy to agents and store their traces, until interrupted; with --learn, improve it too."""
     served = policies_of(policies)
@@ -99,10 +128,17 @@ def serve(
         host=host,
         port=port,
         admin_key=admin_key,
-        database=data / "store.db",
+        data=data,
         model=served[0],
         upstreams=upstreams,
+        **operating_of(operating, data / "store.db"),
     ).with_admin_key()
+    configure_logs(settings.log_format, settings.log_level)
+    if engine_kind is EngineKind.VERL:
+        refuse_for_verl(learn=learn, checkpoint=checkpoint is not None)
+        file = configuration(config, {"lora_rank": lora_rank}, ctx, update)
+        _serve_on_verl(file, settings, model_for(model, file, ctx), served[0])
+        return
     engine = load_engine(
         EmbeddedSettings(
             model=model,
@@ -129,6 +165,16 @@ def serve(
         learner.join()
 
 
+def _serve_on_verl(file: VerlFile, settings: Settings, model: str, policy: str) -> None:
+    require_verl()
+    from agentlightning_server.verl.serve import serving_on_verl
+
+    ended = _end_at_signal()
+    with serving_on_verl(file, settings, model=model, policy=policy) as server:
+        _announce(server)
+        _wait_for(ended)
+
+
 @app.command()
 def run(
     agent: options.AgentArgument,
@@ -147,15 +193,29 @@ def run(
 @app.command()
 @option_group("learning", LEARNING)
 def doctor(
+    ctx: typer.Context,
     run_folder: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Folder of a run.")] = None,
     server: Annotated[str | None, typer.Option(help="URL of a live server instead.")] = None,
     key: Annotated[str | None, typer.Option(envvar="AGENTLIGHTNING_KEY")] = None,
+    engine_kind: EngineOption = EngineKind.EMBEDDED,
+    config: ConfigOption = None,
+    model: options.ModelOption = DEFAULT_MODEL,
+    output: Annotated[Path, typer.Option(help="Folder that the run on VeRL would have.")] = Path(
+        "runs/train"
+    ),
+    port: options.PortOption = 0,
     as_json: options.JsonOption = False,
     *,
     learning: Given,
 ) -> None:
-    """Check stored rollouts from span to batch, and say what stands in the way of learning."""
-    findings = diagnose(_recorded(run_folder, server, key), learning_of(learning))
+    """Check stored rollouts from span to batch, and say what stands in the way of learning.
+
+    With --engine verl: check versions, file, GPUs, model, port and disk of a run on VeRL instead.
+    """
+    if engine_kind is EngineKind.VERL:
+        findings = preflight_findings(config, model, output, port, ctx)
+    else:
+        findings = diagnose(_recorded(run_folder, server, key), learning_of(learning))
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings]))
     else:
@@ -169,8 +229,8 @@ def _recorded(run_folder: Path | None, server: str | None, key: str | None) -> l
         return gather(list(source.rollouts()), source.service)
 
 
-def _announce(server: LocalServer) -> None:
-    say(f"serving {server.engine.base_model} at {server.url}/v1")
+def _announce(server: Served) -> None:
+    say(f"serving {server.gateway.base_model} at {server.url}/v1")
     say(f"  export AGENTLIGHTNING_URL={server.url} AGENTLIGHTNING_KEY={server.key}")
     say(f"  export OPENAI_BASE_URL={server.url}/v1 OPENAI_API_KEY={server.key}")
 

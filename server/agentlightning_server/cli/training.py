@@ -19,16 +19,28 @@ from agentlightning_server.cli import options
 from agentlightning_server.cli.option_groups import LEARNING, UPDATE, Given, learning_of, option_group
 from agentlightning_server.cli.options import policies_of, say, trained_of
 from agentlightning_server.cli.progress import ProgressReporter
+from agentlightning_server.cli.verl import (
+    ConfigOption,
+    EngineKind,
+    EngineOption,
+    configuration,
+    model_for,
+    refuse_for_verl,
+    require_verl,
+    settings_for,
+)
 from agentlightning_server.engines.embedded.settings import DEFAULT_MODEL, EmbeddedSettings
 from agentlightning_server.settings import Settings
-from agentlightning_server.store import Principal, Scope
-from agentlightning_server.training.local import LocalServer, RunnerSettings, train_locally
+from agentlightning_server.store import Scope
+from agentlightning_server.training.local import RunnerSettings, Served, train_locally
 from agentlightning_server.training.trainer import TrainResult, TrainSettings
+from agentlightning_server.verl.config import VerlFile
 
 
 @option_group("update", UPDATE)
 @option_group("learning", LEARNING)
 def train(
+    ctx: typer.Context,
     agent: Annotated[
         str | None,
         typer.Argument(
@@ -38,6 +50,8 @@ def train(
     tasks: options.TasksOption = ...,  # type: ignore[assignment]  # pyright: ignore[reportArgumentType]
     val: Annotated[Path | None, typer.Option(help="JSONL file of held-out tasks.")] = None,
     model: options.ModelOption = DEFAULT_MODEL,
+    engine_kind: EngineOption = EngineKind.EMBEDDED,
+    config: ConfigOption = None,
     output: Annotated[Path, typer.Option(help="Folder of the run; an existing run is resumed.")] = Path(
         "runs/train"
     ),
@@ -71,10 +85,6 @@ def train(
 ) -> None:
     """Train the policy behind an agent with reinforcement learning, or one for each agent of a flow."""
     served = policies_of(policies)
-    engine = EmbeddedSettings(
-        model=model, policies=served, learning_rate=learning_rate, lora_rank=lora_rank, seed=seed, **update
-    )
-    _check_comparable(group_size, engine, learning)
     training = TrainSettings(
         run_id=run_id_of(output),
         output=output,
@@ -93,6 +103,19 @@ def train(
     server = Settings(host=host, port=port, admin_key=admin_key, upstreams=upstreams)
     runner = RunnerSettings(agent, concurrency, tracer) if agent else None
     held_out = load_tasks(val, split="val") if val is not None else []
+    if engine_kind is EngineKind.VERL:
+        refuse_for_verl(dynamic_rounds=dynamic_rounds > 1)
+        given = {"learning_rate": learning_rate, "lora_rank": lora_rank}
+        file = configuration(config, given, ctx, update)
+        training = settings_for(training, file, ctx)
+        _run_on_verl(
+            runner, training, file, server, load_tasks(tasks), held_out, as_json, model_for(model, file, ctx)
+        )
+        return
+    engine = EmbeddedSettings(
+        model=model, policies=served, learning_rate=learning_rate, lora_rank=lora_rank, seed=seed, **update
+    )
+    _check_comparable(group_size, engine, learning)
     _run(runner, training, engine, server, load_tasks(tasks), held_out, as_json)
 
 
@@ -168,6 +191,38 @@ def _run(
         typer.echo(json.dumps(_summary(result)))
 
 
+def _run_on_verl(
+    runner: RunnerSettings | None,
+    training: TrainSettings,
+    file: VerlFile,
+    server: Settings,
+    tasks: list[Task],
+    held_out: list[Task],
+    as_json: bool,
+    model: str,
+) -> None:
+    require_verl()
+    from agentlightning_server.verl.run import train_on_verl
+
+    with ProgressReporter(training.steps, options.console) as reporter:
+        result = train_on_verl(
+            runner,
+            training,
+            file,
+            model=model,
+            train=tasks,
+            held_out=held_out,
+            reporter=reporter,
+            server=server,
+            announce=None if runner else _call_for_runners,
+        )
+    if result.checkpoint is not None:
+        folder = result.checkpoint / "actor" / "huggingface"
+        say(f"checkpoint: {result.checkpoint}; serve it: agl serve --model {folder}")
+    if as_json:
+        typer.echo(json.dumps(_summary(result)))
+
+
 def _serving(checkpoint: Path, engine: EmbeddedSettings) -> str:
     """The command that serves a run's checkpoint."""
     model = f" --model {engine.model}" if engine.model != DEFAULT_MODEL else ""
@@ -177,10 +232,10 @@ def _serving(checkpoint: Path, engine: EmbeddedSettings) -> str:
     return f"agl serve --checkpoint {checkpoint}{model}{policies}{rank}"
 
 
-def _call_for_runners(server: LocalServer) -> None:
+def _call_for_runners(server: Served) -> None:
     """How to start a runner elsewhere, with a key that is good for nothing else."""
-    key = server.store.mint_key(Principal(Scope.RUNNER))
-    say(f"serving {server.engine.base_model} at {server.url}; start runners with")
+    key = server.store.mint_key(Scope.RUNNER)
+    say(f"serving {server.gateway.base_model} at {server.url}; start runners with")
     say(f"  agl run MODULE:FUNCTION --server {server.url} --key {key}")
 
 

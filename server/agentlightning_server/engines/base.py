@@ -1,4 +1,4 @@
-"""The seam between serving, training and whatever computes: `Engine` and the tokenizer it comes with.
+"""The seam between serving, training and whatever computes: `ServingEngine`, `Engine`, and their tokenizer.
 
 An engine samples tokens from prompts of token ids and applies updates to its policies. It knows nothing of
 HTTP, messages, rollouts or rewards. One update at a time; no policy changes while one of its generations is
@@ -30,11 +30,15 @@ class Sampling:
     up to floating-point ties."""
     should_stop: Callable[[Sequence[int]], bool] | None = None
     """Asked after every token with all tokens so far; True ends with finish "stop"."""
+    stop: Sequence[str] = ()
+    """The texts that `should_stop` looks for, for engines that compute elsewhere and cannot be asked."""
     top_logprobs: int = 0
     """Alternatives to return for each position."""
     grammar: str | None = None
     """What the text must be: a Lark grammar as llguidance (and vLLM through it) reads them. It limits what
     is drawn, like top-p; logprobs stay those of the whole vocabulary."""
+    session: str | None = None
+    """Calls of one session begin alike: an engine of several replicas sends them to the same one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +65,8 @@ class ChatTokenizer(Protocol):
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
 
 
-class Engine(Protocol):
-    """A model that serves and learns. `policy` names one of `policies`."""
+class ServingEngine(Protocol):
+    """A model that serves: all that the gateway needs. `policy` names one of `policies`."""
 
     @property
     def tokenizer(self) -> ChatTokenizer: ...
@@ -98,6 +102,14 @@ class Engine(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """End all generations and free the model."""
+        ...
+
+
+class Engine(ServingEngine, Protocol):
+    """A model that serves and learns."""
+
     def update(self, batch: Batch) -> Mapping[str, float]:
         """Apply one update to `batch.policy` and return metrics. Blocks; waits for generations under way, and
         those asked for meanwhile wait for it.
@@ -116,8 +128,4 @@ class Engine(Protocol):
 
     def export(self, directory: Path, policy: str) -> None:
         """Write the policy as an ordinary Hugging Face model folder (or adapter folder)."""
-        ...
-
-    def close(self) -> None:
-        """End all generations and free the model."""
         ...

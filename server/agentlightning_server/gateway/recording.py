@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -31,8 +32,17 @@ from agentlightning.types import (
 )
 from agentlightning_server.gateway.requests import ChatRequest, response_schema
 from agentlightning_server.gateway.responses import Choice
+from agentlightning_server.store.schema import DEFAULT_PROJECT
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}")
+
+
+_ids = random.Random(os.urandom(32))
+
+
+def new_id(size: int) -> str:
+    """A random id of that many bytes, in hex; the kernel is not asked, for that yields to other threads."""
+    return f"{_ids.getrandbits(8 * size) or 1:0{2 * size}x}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +53,28 @@ class Caller:
     attempt_id: str
     trace_id: str
     parent_id: str | None
+    project: str = DEFAULT_PROJECT
+
+    @property
+    def conversation(self) -> str:
+        """Whose recorded calls this one may continue."""
+        return f"{self.project}/{self.attempt_id}"
 
     @classmethod
-    def of(cls, traceparent: str | None, rollout_id: str | None, attempt_id: str | None) -> Caller:
+    def of(
+        cls,
+        traceparent: str | None,
+        rollout_id: str | None,
+        attempt_id: str | None,
+        project: str = DEFAULT_PROJECT,
+    ) -> Caller:
         """A caller without a rollout is a live one, named by its trace."""
         match = _TRACEPARENT.fullmatch(traceparent or "")
-        trace_id = match.group(1) if match else os.urandom(16).hex()
+        trace_id = match.group(1) if match else new_id(16)
         parent_id = match.group(2) if match else None
         if rollout_id is None:
-            return cls(live_rollout_id(trace_id), live_attempt_id(trace_id), trace_id, parent_id)
-        return cls(rollout_id, attempt_id or f"{rollout_id}-1", trace_id, parent_id)
+            return cls(live_rollout_id(trace_id), live_attempt_id(trace_id), trace_id, parent_id, project)
+        return cls(rollout_id, attempt_id or f"{rollout_id}-1", trace_id, parent_id, project)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +217,7 @@ def _span(
 ) -> Span:
     return Span(
         trace_id=caller.trace_id,
-        span_id=os.urandom(8).hex(),
+        span_id=new_id(8),
         parent_id=caller.parent_id,
         name=f"chat {attributes[semconv.REQUEST_MODEL]}",
         kind=SpanKind.SERVER,

@@ -81,42 +81,51 @@ def chat_completion(request: ChatRequest, answer: Answer, prompts: PromptBuilder
 def events(body: Mapping[str, Any], *, include_usage: bool) -> Iterator[bytes]:
     """The server-sent events that stream a whole `chat.completion`, the closing `[DONE]` included."""
     kept = {key: value for key, value in body.items() if key not in _WHOLE_ONLY}
-    head = {**kept, "object": "chat.completion.chunk"}
+    head = b"data: " + orjson.dumps({**kept, "object": "chat.completion.chunk"})[:-1]
     for choice in body["choices"]:
         message, logprobs = choice["message"], choice.get("logprobs")
+        index = choice["index"]
         for delta in _deltas(message):
-            yield _event({**head, "choices": [_part(choice["index"], delta, logprobs)]})
+            yield _event(head, _part(index, delta, logprobs))
             logprobs = None
         more = {key: value for key, value in choice.items() if key not in _PART_KEYS}
-        last = _part(choice["index"], {}, None, choice.get("finish_reason"))
-        yield _event({**head, "choices": [{**last, **more}]})
+        last = _part(index, b"{}", None, choice.get("finish_reason"))
+        yield _event(head, last[:-1] + (b"," + orjson.dumps(more)[1:] if more else b"}"))
     if include_usage:
-        yield _event({**head, "choices": [], "usage": body.get("usage")})
+        yield head + b',"choices":[],"usage":' + orjson.dumps(body.get("usage")) + b"}\n\n"
     yield b"data: [DONE]\n\n"
 
 
-def _deltas(message: Message) -> Iterator[dict[str, Any]]:
+def _deltas(message: Message) -> Iterator[bytes]:
     content = message.get("content")
-    yield {"role": "assistant", "content": "" if content is not None else None}
+    yield (
+        b'{"role":"assistant","content":""}'
+        if content is not None
+        else b'{"role":"assistant","content":null}'
+    )
     for key, value in message.items():  # what reasoning models add, say
         if key not in _DELTA_KEYS and value:
-            yield {key: value}
+            yield orjson.dumps({key: value})
     if isinstance(content, str):
         for start in range(0, len(content), CHUNK_CHARACTERS):
-            yield {"content": content[start : start + CHUNK_CHARACTERS]}
+            yield b'{"content":' + orjson.dumps(content[start : start + CHUNK_CHARACTERS]) + b"}"
     calls: Any = message.get("tool_calls") or ()
     for index, call in enumerate(calls):
-        yield {"tool_calls": [{"index": index, **call}]}
+        yield orjson.dumps({"tool_calls": [{"index": index, **call}]})
 
 
-def _part(
-    index: int, delta: Mapping[str, Any], logprobs: Any, finish_reason: str | None = None
-) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+def _part(index: Any, delta: bytes, logprobs: Any, finish_reason: str | None = None) -> bytes:
+    rest = b'"delta":%b,"logprobs":%b,"finish_reason":%b}'
+    shown = rest % (delta, _dumped(logprobs), _dumped(finish_reason))
+    return b'{"index":' + orjson.dumps(index) + b"," + shown
 
 
-def _event(body: Mapping[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(body) + b"\n\n"
+def _dumped(value: Any) -> bytes:
+    return b"null" if value is None else orjson.dumps(value)
+
+
+def _event(head: bytes, part: bytes) -> bytes:
+    return b'%b,"choices":[%b]}\n\n' % (head, part)
 
 
 def _usage(answer: Answer) -> dict[str, int]:

@@ -6,7 +6,7 @@ A request for a routed model name is passed on unread: what an upstream takes is
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import orjson
@@ -17,7 +17,7 @@ from starlette.routing import Route
 from agentlightning import semconv
 from agentlightning.errors import InvalidInput, NotFound
 from agentlightning.types import JsonObject
-from agentlightning_server.auth import Principal, guard_attempt, principal
+from agentlightning_server.auth import Principal, guard_attempt, guard_model, principal
 from agentlightning_server.gateway.recording import Caller
 from agentlightning_server.gateway.requests import includes_usage, parse_chat_request
 from agentlightning_server.gateway.responses import chat_completion, events
@@ -25,6 +25,7 @@ from agentlightning_server.gateway.service import Gateway
 from agentlightning_server.http_errors import BUSY_MODEL, error_response, json_response
 
 T = TypeVar("T")
+WRITE_BYTES = 16 * 1024  # of a stream at a time
 ATTEMPT_PREFIX = "/rollouts/{rollout}/attempts/{attempt}"
 
 
@@ -65,9 +66,10 @@ def gateway_routes(gateway: Gateway) -> list[Route]:
             "adapter sees to it, or set_default_openai_api('chat_completions'))"
         )
 
-    routes: list[Route] = []
-    for prefix in ("", ATTEMPT_PREFIX):
-        routes.append(Route(f"{prefix}/v1/chat/completions", chat, methods=["POST"]))
+    prefixes = ("", ATTEMPT_PREFIX)
+    # First, since routes are tried in their order.
+    routes = [Route(f"{prefix}/v1/chat/completions", chat, methods=["POST"]) for prefix in prefixes]
+    for prefix in prefixes:
         routes.append(Route(f"{prefix}/v1/responses", responses, methods=["POST"]))
         routes.append(Route(f"{prefix}/v1/models", models, methods=["GET"]))
         routes.append(Route(f"{prefix}/v1/models/{{model:path}}", model, methods=["GET"]))
@@ -92,44 +94,70 @@ def _decoded(body: bytes) -> JsonObject:
 
 def _caller(request: Request, who: Principal) -> Caller:
     """Whose call this is: the path, else the headers of the SDK patch, else the attempt's key, else live."""
-    rollout = request.path_params.get("rollout") or request.headers.get(semconv.HEADER_ROLLOUT)
-    attempt = request.path_params.get("attempt") or request.headers.get(semconv.HEADER_ATTEMPT)
+    headers = dict[bytes, bytes](request.scope["headers"])  # looked up four times
+    rollout = request.path_params.get("rollout") or _header(headers, semconv.HEADER_ROLLOUT)
+    attempt = request.path_params.get("attempt") or _header(headers, semconv.HEADER_ATTEMPT)
+    guard_model(who)
     guard_attempt(who, rollout, attempt)
     rollout, attempt = rollout or who.rollout_id, attempt or who.attempt_id
-    traceparent = request.headers.get(semconv.HEADER_TRACEPARENT) or request.headers.get("traceparent")
-    return Caller.of(traceparent, rollout, attempt)
+    traceparent = _header(headers, semconv.HEADER_TRACEPARENT) or _header(headers, "traceparent")
+    return Caller.of(traceparent, rollout, attempt, who.project)
+
+
+def _header(headers: Mapping[bytes, bytes], name: str) -> str | None:
+    value = headers.get(name.encode())
+    return None if value is None else value.decode("latin-1")
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
     """The result of `work`; None, with the work cancelled, when the client disconnects first."""
-    answering = asyncio.create_task(work)
-    watching = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if answering.done():
-            return answering.result()
+    answering = asyncio.current_task()
+    assert answering is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone = True
         answering.cancel()
-        await asyncio.wait({answering})
+
+    watching = asyncio.create_task(watch())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if not gone:  # the server ends
+            raise
+        answering.uncancel()
         return None
     finally:
         watching.cancel()
-        if not answering.done():
-            answering.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _respond(fields: JsonObject, body: dict[str, Any]) -> Response:
     headers = {"x-request-id": str(body["id"])}
     if fields.get("stream") is True:
-        chunks = events(body, include_usage=includes_usage(fields))
+        chunks = _batched(events(body, include_usage=includes_usage(fields)))
         return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
     response = json_response(body)
     response.headers.update(headers)
     return response
+
+
+async def _batched(chunks: Iterator[bytes]) -> AsyncGenerator[bytes]:
+    """Events joined into larger writes, since the whole answer is there: one each would cost far more.
+
+    Not a plain iterator, for each step of which Starlette would ask another thread.
+    """
+    batch: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        batch.append(chunk)
+        size += len(chunk)
+        if size >= WRITE_BYTES:
+            yield b"".join(batch)
+            batch, size = [], 0
+    yield b"".join(batch)
 
 
 def _model(name: str, **more: object) -> dict[str, object]:

@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from agentlightning.errors import InvalidInput, ModelNotFound, PromptTooLong
 from agentlightning.types import Attributes, JsonObject, Span
-from agentlightning_server.engines.base import Completion, Engine, Sampling
+from agentlightning_server.engines.base import Completion, Sampling, ServingEngine
 from agentlightning_server.gateway.grammars import grammar_of
 from agentlightning_server.gateway.prompts import Prompt, PromptBuilder
 from agentlightning_server.gateway.recording import (
@@ -34,7 +34,8 @@ from agentlightning_server.gateway.toolcalls import Parsed, assistant_message
 from agentlightning_server.gateway.upstreams import Upstreams
 
 T = TypeVar("T")
-RecordSpans = Callable[[Sequence[Span]], Awaitable[object]]
+RecordSpans = Callable[[str, Sequence[Span]], Awaitable[object]]
+"""Stores spans of a project."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class Gateway:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: ServingEngine,
         record: RecordSpans,
         settings: GatewaySettings | None = None,
         upstreams: Upstreams | None = None,
@@ -69,6 +70,11 @@ class Gateway:
         for name in self.upstreams.models:
             if self._policy(name) is not None:
                 raise InvalidInput(f"the upstream '{name}' has the name of a policy: give it another one")
+
+    @property
+    def base_model(self) -> str:
+        """Name of the model behind the policies."""
+        return self._engine.base_model
 
     @property
     def models(self) -> list[tuple[str, int]]:
@@ -121,10 +127,14 @@ class Gateway:
             return await work
         except asyncio.CancelledError:
             gone = ConnectionError("the client disconnected before the answer was complete")
-            await self._record([failure_span(caller, attributes(), gone, start_ns, time.time_ns())])
+            await self._record(
+                caller.project, [failure_span(caller, attributes(), gone, start_ns, time.time_ns())]
+            )
             raise
         except Exception as error:
-            await self._record([failure_span(caller, attributes(), error, start_ns, time.time_ns())])
+            await self._record(
+                caller.project, [failure_span(caller, attributes(), error, start_ns, time.time_ns())]
+            )
             raise
 
     async def _forward(
@@ -133,13 +143,15 @@ class Gateway:
         body = await self.upstreams.complete(fields)
         end_ns = time.time_ns()
         positions = range(len(body["choices"]))
-        await self._record([forwarded_span(caller, attributes, body, i, start_ns, end_ns) for i in positions])
+        await self._record(
+            caller.project, [forwarded_span(caller, attributes, body, i, start_ns, end_ns) for i in positions]
+        )
         return body
 
     async def _complete(self, request: ChatRequest, caller: Caller, start_ns: int) -> Answer:
         policy = self.policy_of(request.model)
-        prompt = self.prompts.build(request.messages, request.tools, caller.attempt_id)
-        completions = await self._sample(request, prompt, policy)
+        prompt = self.prompts.build(request.messages, request.tools, caller.conversation)
+        completions = await self._sample(request, prompt, policy, caller.attempt_id)
         parsed = [self._read(request, completion) for completion in completions]
         choices = [
             Choice(i, assistant_message(p), c)
@@ -154,23 +166,26 @@ class Gateway:
         )
         end_ns = time.time_ns()
         await self._record(
+            caller.project,
             [
                 answer_span(caller, request, choice, replace(served, malformed=p.malformed), start_ns, end_ns)
                 for choice, p in zip(choices, parsed, strict=True)
-            ]
+            ],
         )
         for choice in choices:
             self.prompts.record(
                 request.messages,
                 request.tools,
-                caller.attempt_id,
+                caller.conversation,
                 choice.message,
                 prompt.token_ids,
                 choice.completion.token_ids,
             )
         return Answer(served.response_id, request.model, prompt.token_ids, choices, served.policy_version)
 
-    async def _sample(self, request: ChatRequest, prompt: Prompt, policy: str) -> list[Completion]:
+    async def _sample(
+        self, request: ChatRequest, prompt: Prompt, policy: str, session: str
+    ) -> list[Completion]:
         room = self._engine.context_length - len(prompt.token_ids)
         if room < 1:
             raise PromptTooLong(
@@ -184,8 +199,10 @@ class Gateway:
             temperature=request.temperature,
             top_p=request.top_p,
             should_stop=self._stopper(request.stop),
+            stop=tuple(request.stop),
             top_logprobs=request.top_logprobs if request.logprobs else 0,
             grammar=grammar_of(request, self.prompts.tool_format),
+            session=session,
         )
         seeds = [None if request.seed is None else request.seed + i for i in range(request.n)]
         return await asyncio.gather(

@@ -186,6 +186,10 @@ class Upstreams:
 
 async def _read(response: aiohttp.ClientResponse, where: str) -> bytes:
     """The whole body, up to a limit, for an endpoint gone wild must not take this server's memory."""
+    if (response.content_length or MAX_BODY_BYTES + 1) <= MAX_BODY_BYTES and not response.headers.get(
+        "content-encoding"
+    ):
+        return await response.read()
     body = bytearray()
     async for chunk in response.content.iter_chunked(1 << 16):
         body += chunk

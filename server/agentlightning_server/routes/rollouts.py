@@ -59,78 +59,80 @@ class Rollouts:
 
     async def enqueue(self, request: Request) -> Response:
         """201 with the number queued; ids that exist are left as they are."""
-        require(request, KeyScope.RUNNER)
+        store = self._store_of(request, KeyScope.TRAINER)
         items = Reader(await read_json(request, self._limit), "body").items("rollouts")
         rollouts = [rollout_from_json(item, f"rollouts[{i}]") for i, item in enumerate(items)]
         if not rollouts:
             raise InvalidInput('nothing to enqueue: send {"rollouts": [...]} with at least one')
-        await asyncio.wrap_future(self._store.submit_enqueue(rollouts))
+        await asyncio.wrap_future(store.submit_enqueue(rollouts))
         return json_response({"count": len(rollouts)}, 201)
 
     async def list(self, request: Request) -> Response:
         """A page, oldest first; the next one starts `after` the last id."""
-        require(request, KeyScope.RUNNER)
-        page = await asyncio.to_thread(self._store.rollouts, _filter(dict(request.query_params)))
+        store = self._store_of(request, KeyScope.TRAINER)
+        page = await asyncio.to_thread(store.rollouts, _filter(dict(request.query_params)))
         return json_response({"rollouts": [rollout_to_json(rollout) for rollout in page]})
 
     async def get(self, request: Request) -> Response:
         """One rollout with its attempts."""
-        require(request, KeyScope.RUNNER)
+        store = self._store_of(request, KeyScope.TRAINER)
         rollout_id = request.path_params["id"]
-        rollout = await asyncio.to_thread(self._store.rollout, rollout_id)
-        attempts = await asyncio.to_thread(self._store.attempts, rollout_id)
+        rollout = await asyncio.to_thread(store.rollout, rollout_id)
+        attempts = await asyncio.to_thread(store.attempts, rollout_id)
         return json_response(
             {"rollout": rollout_to_json(rollout), "attempts": [attempt_to_json(one) for one in attempts]}
         )
 
     async def wait(self, request: Request) -> Response:
         """Long poll: those that are final, as soon as all are or at the timeout."""
-        require(request, KeyScope.RUNNER)
+        store = self._store_of(request, KeyScope.TRAINER)
         read = Reader(await read_json(request, self._limit), "body")
         ids = read.texts("ids")
         timeout_s = read.number("timeout_s", 30.0, 0.0, 1e9)
-        final = await self._wait(ids, timeout_s)
+        final = await self._wait(store, ids, timeout_s)
         return json_response({"rollouts": [rollout_to_json(rollout) for rollout in final]})
 
-    async def _wait(self, ids: Sequence[str], timeout_s: float) -> Sequence[Any]:
-        final = await asyncio.to_thread(self._store.final, ids)
+    async def _wait(self, store: Store, ids: Sequence[str], timeout_s: float) -> Sequence[Any]:
+        final = await asyncio.to_thread(store.final, ids)
         if timeout_s and len(final) < len(set(ids)):
             # Subscribing reads the database, which may take longer than a loop should wait.
-            waiting = self._store.waiting_for_final(ids)
+            waiting = store.waiting_for_final(ids)
             done = await asyncio.to_thread(waiting.__enter__)
             try:
                 await self._polling.wait(done, timeout_s)
             finally:
                 waiting.__exit__(None, None, None)
-            final = await asyncio.to_thread(self._store.final, ids)
+            final = await asyncio.to_thread(store.final, ids)
         return final
 
     async def cancel(self, request: Request) -> Response:
         """End the rollout and its running attempt."""
-        require(request, KeyScope.RUNNER)
-        await asyncio.wrap_future(self._store.submit_cancel([request.path_params["id"]]))
+        store = self._store_of(request, KeyScope.TRAINER)
+        await asyncio.wrap_future(store.submit_cancel([request.path_params["id"]]))
         return json_response({})
 
     async def reward(self, request: Request) -> Response:
         """201 with the attempt that got the reward."""
-        require(request, KeyScope.RUNNER)
+        store = self._store_of(request, KeyScope.TRAINER, KeyScope.REPORTER)
         body = await read_json(request, self._limit)
         reward = reward_from_json(body, "body")
         wanted = Reader(body, "body").optional_text("attempt_id")
-        attempt_id = await asyncio.wrap_future(
-            self._store.submit_reward(request.path_params["id"], reward, wanted)
-        )
+        attempt_id = await asyncio.wrap_future(store.submit_reward(request.path_params["id"], reward, wanted))
         return json_response({"attempt_id": attempt_id}, 201)
 
     async def spans(self, request: Request) -> Response:
         """Spans of an attempt, by default of the one that decides, in OTLP/JSON's shape."""
-        require(request, KeyScope.RUNNER)
-        return await asyncio.to_thread(
-            self._spans, request.path_params["id"], request.query_params.get("attempt_id")
-        )
+        store = self._store_of(request, KeyScope.TRAINER)
+        rollout_id, attempt_id = request.path_params["id"], request.query_params.get("attempt_id")
+        return await asyncio.to_thread(_spans, store, rollout_id, attempt_id)
 
-    def _spans(self, rollout_id: str, attempt_id: str | None) -> Response:
-        return json_response({"spans": [span_to_json(s) for s in self._store.spans(rollout_id, attempt_id)]})
+    def _store_of(self, request: Request, *scopes: KeyScope) -> Store:
+        """The store as the request's key may see it. Raises PermissionDenied."""
+        return self._store.of(require(request, *scopes).project)
+
+
+def _spans(store: Store, rollout_id: str, attempt_id: str | None) -> Response:
+    return json_response({"spans": [span_to_json(span) for span in store.spans(rollout_id, attempt_id)]})
 
 
 def _filter(query: dict[str, Any]) -> RolloutFilter:

@@ -25,7 +25,7 @@ from agentlightning import otlp, semconv
 from agentlightning.errors import AgentLightningError, InvalidInput, InvalidSpans
 
 from .. import otlp_pb
-from ..auth import KeyScope, Principal, guard_attempt, principal
+from ..auth import KeyScope, Principal, guard_attempt, guard_model, principal
 from ..http_errors import error_response, json_response
 from ..otlp_pb import SpanRow
 from ..store import Store
@@ -64,24 +64,27 @@ class Ingest:
 
     async def _store_spans(self, request: Request, encoding: str) -> tuple[int, str]:
         owner = principal(request)
-        await self._check_path(request, owner)
+        guard_model(owner)
+        store = self._store.of(owner.project)
+        await _check_path(request, owner, store)
         body = await read_body(request, self._limit)
         decode = otlp_pb.rows_from_request if encoding == PROTOBUF else rows_from_json
         rows, malformed = await _off_loop_if_large(decode, body)
         kept = list(_permitted(rows, owner, request.path_params))
         if kept:
-            await asyncio.wrap_future(self._store.submit_rows(kept))
+            await asyncio.wrap_future(store.submit_rows(kept))
         foreign = len(rows) - len(kept)
         reasons = [text for count, text in ((malformed, _MALFORMED), (foreign, _FOREIGN)) if count]
         return malformed + foreign, "rejected " + " and ".join(reasons)
 
-    async def _check_path(self, request: Request, owner: Principal) -> None:
-        rollout_id, attempt_id = request.path_params.get("rollout"), request.path_params.get("attempt")
-        guard_attempt(owner, rollout_id, attempt_id)
-        if rollout_id is not None and owner.scope is not KeyScope.ATTEMPT:
-            known = await asyncio.to_thread(self._store.attempts, rollout_id)
-            if attempt_id not in {attempt.id for attempt in known}:
-                raise HTTPException(404, f"rollout {rollout_id} has no attempt {attempt_id}")
+
+async def _check_path(request: Request, owner: Principal, store: Store) -> None:
+    rollout_id, attempt_id = request.path_params.get("rollout"), request.path_params.get("attempt")
+    guard_attempt(owner, rollout_id, attempt_id)
+    if rollout_id is not None and owner.scope is not KeyScope.ATTEMPT:
+        known = await asyncio.to_thread(store.attempts, rollout_id)
+        if attempt_id not in {attempt.id for attempt in known}:
+            raise HTTPException(404, f"rollout {rollout_id} has no attempt {attempt_id}")
 
 
 def _permitted(rows: list[SpanRow], owner: Principal, path: dict[str, Any]) -> Iterator[SpanRow]:

@@ -1,6 +1,6 @@
-"""REST for workers: claim rollouts, keep the lease, report the end. And keys, for admins.
+"""REST for workers: claim rollouts, keep the lease, report the end.
 
-POST /api/claims    POST /api/attempts/{id}/heartbeat    POST /api/attempts/{id}/finish    POST /api/keys
+POST /api/claims    POST /api/attempts/{id}/heartbeat    POST /api/attempts/{id}/finish
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from agentlightning.wire import Reader, claim_to_json, reward_from_json
 
 from ..auth import KeyScope, require
 from ..http_errors import json_response
-from ..store import Principal, Store
+from ..store import Store
 from .body import read_json
 from .polling import MAX_POLL_S, Polling
 
@@ -42,79 +42,73 @@ class Work:
             Route("/api/claims", self.claim, methods=["POST"]),
             Route("/api/attempts/{id}/heartbeat", self.heartbeat, methods=["POST"]),
             Route("/api/attempts/{id}/finish", self.finish, methods=["POST"]),
-            Route("/api/keys", self.mint, methods=["POST"]),
         ]
 
     async def claim(self, request: Request) -> Response:
         """Long poll: up to `max` rollouts, as soon as there is one or none at the timeout."""
-        require(request, KeyScope.RUNNER)
+        store = self._store.of(require(request, KeyScope.RUNNER).project)
         read = Reader(await read_json(request, self._limit), "body")
         worker_id, limit = _worker(read), read.integer("max", 1, low=1, high=MAX_CLAIMS)
-        claims = await self._claim(request, worker_id, limit, read.number("wait_s", 0.0, 0.0, 1e9))
+        wait_s = read.number("wait_s", 0.0, 0.0, 1e9)
+        claims = await self._claim(request, store, worker_id, limit, wait_s)
         return json_response({"claims": [claim_to_json(claim) for claim in claims]})
 
-    async def _claim(self, request: Request, worker_id: str, limit: int, wait_s: float) -> Sequence[Claim]:
+    async def _claim(
+        self, request: Request, store: Store, worker_id: str, limit: int, wait_s: float
+    ) -> Sequence[Claim]:
         deadline = time.monotonic() + min(wait_s, MAX_POLL_S)
         while True:
             if self._polling.closing:
                 raise Unavailable("the server is shutting down")
-            with self._store.waiting_for_work() as work:
-                claims = await asyncio.wrap_future(self._store.submit_claim(worker_id, limit, self._model))
+            with store.waiting_for_work() as work:
+                claims = await asyncio.wrap_future(store.submit_claim(worker_id, limit, self._model))
                 left = deadline - time.monotonic()
                 if claims:
-                    return await self._handed_over(request, worker_id, claims)
+                    return await _handed_over(request, store, worker_id, claims)
                 if left <= 0:
                     return ()
-                retry_s = await asyncio.to_thread(self._store.seconds_to_retry)
+                retry_s = await asyncio.to_thread(store.seconds_to_retry)
                 pause = left if retry_s is None else min(left, max(MIN_RETRY_WAIT_S, retry_s))
                 await self._polling.wait(work, pause)
             if await request.is_disconnected():
                 return ()
 
-    async def _handed_over(
-        self, request: Request, worker_id: str, claims: Sequence[Claim]
-    ) -> Sequence[Claim]:
-        """The claims, unless the worker has hung up: then they go back instead of waiting for their lease."""
-        if not await request.is_disconnected():
-            return claims
-        for claim in claims:
-            await asyncio.wrap_future(
-                self._store.submit_finish(
-                    claim.attempt.id, worker_id, AttemptStatus.CANCELLED, "the worker hung up while claiming"
-                )
-            )
-        return ()
-
     async def heartbeat(self, request: Request) -> Response:
         """Renew the lease; tells whether to give up."""
-        require(request, KeyScope.RUNNER)
+        store = self._store.of(require(request, KeyScope.RUNNER).project)
         worker_id = _worker(Reader(await read_json(request, self._limit), "body"))
-        cancel = await asyncio.wrap_future(self._store.submit_heartbeat(request.path_params["id"], worker_id))
+        cancel = await asyncio.wrap_future(store.submit_heartbeat(request.path_params["id"], worker_id))
         return json_response({"cancel": cancel})
 
     async def finish(self, request: Request) -> Response:
         """End the attempt with its rewards, all in one commit."""
-        require(request, KeyScope.RUNNER)
+        store = self._store.of(require(request, KeyScope.RUNNER).project)
         read = Reader(await read_json(request, self._limit), "body")
         rewards = [reward_from_json(item, f"rewards[{i}]") for i, item in enumerate(read.items("rewards"))]
         status = read.member("status", AttemptStatus)
         if status is AttemptStatus.RUNNING:
             raise InvalidInput("an attempt cannot finish as running")
         await asyncio.wrap_future(
-            self._store.submit_finish(
+            store.submit_finish(
                 request.path_params["id"], _worker(read), status, read.optional_text("error"), rewards
             )
         )
         return json_response({})
 
-    async def mint(self, request: Request) -> Response:
-        """201 with a new key of scope admin or runner; it is shown only here."""
-        require(request)
-        scope = Reader(await read_json(request, self._limit), "body").member("scope", KeyScope)
-        if scope is KeyScope.ATTEMPT:
-            raise InvalidInput("keys of attempts are made by claiming; ask for scope runner or admin")
-        key = await asyncio.to_thread(self._store.mint_key, Principal(scope))
-        return json_response({"key": key, "scope": str(scope)}, 201)
+
+async def _handed_over(
+    request: Request, store: Store, worker_id: str, claims: Sequence[Claim]
+) -> Sequence[Claim]:
+    """The claims, unless the worker has hung up: then they go back instead of waiting for their lease."""
+    if not await request.is_disconnected():
+        return claims
+    for claim in claims:
+        await asyncio.wrap_future(
+            store.submit_finish(
+                claim.attempt.id, worker_id, AttemptStatus.CANCELLED, "the worker hung up while claiming"
+            )
+        )
+    return ()
 
 
 def _worker(read: Reader) -> str:

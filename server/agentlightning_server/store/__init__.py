@@ -1,7 +1,17 @@
-"""The store: everything a server remembers, in one SQLite file."""
+"""The store: everything a server remembers, in a SQLite file or a PostgreSQL database."""
 
-from .keys import Principal, Scope
+from .database import is_url
+from .keys import KeyInfo, Principal, Scope
 from .reads import RolloutFilter
+from .schema import DEFAULT_PROJECT
 from .store import Store
 
-__all__ = ["Principal", "RolloutFilter", "Scope", "Store"]
+__all__ = [
+    "DEFAULT_PROJECT",
+    "KeyInfo",
+    "Principal",
+    "RolloutFilter",
+    "Scope",
+    "Store",
+    "is_url",
+]

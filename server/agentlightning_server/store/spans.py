@@ -8,11 +8,10 @@ and an attempt id.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import insert
 
 from agentlightning import semconv
 from agentlightning.types import (
@@ -30,15 +29,19 @@ from agentlightning.types import (
 )
 
 from ..otlp_pb import SpanRow, row_from_span
+from .caches import Known
+from .longvalues import cut
 from .rows import attempt_to_row, rollout_to_row
-from .schema import attempts, rollouts, spans
-from .writer import Changes
+from .schema import attempts, chunks, rollouts, spans
+from .sql import FastInsert, InsertNew, Write, chunked
 
 LIVE_WORKER = "live"
 LIVE_TIMEOUT_S = 24 * 3600.0  # a live trace whose root never arrives does not stay open for ever
-_MAX_VARIABLES = 500  # per statement, far below SQLite's limit
 
-_insert_spans = insert(spans).on_conflict_do_nothing(index_elements=["trace_id", "span_id"])
+_insert_spans = FastInsert(spans, [column.name for column in spans.columns if column.name != "seq"])
+_insert_chunks = FastInsert(chunks, [column.name for column in chunks.columns])
+_insert_rollout = InsertNew(rollouts)
+_insert_attempt = InsertNew(attempts)
 
 
 def attempt_id_of(rollout_id: str, number: int) -> str:
@@ -46,23 +49,38 @@ def attempt_id_of(rollout_id: str, number: int) -> str:
     return f"{rollout_id}-{number}"
 
 
-def write_spans(
-    connection: sa.Connection,
-    changes: Changes,
-    rows: Sequence[SpanRow],
-    is_known: Callable[[str], bool],
-    now_ns: int,
-) -> None:
-    """Store the rows that are new. `is_known` says that a rollout exists and is not live."""
+def write_spans(write: Write, rows: Sequence[SpanRow], known: Known) -> None:
+    """Store the rows that are new."""
     if not rows:
         return
     _assign_rollouts(rows)
-    unknown = {cast(str, row["rollout_id"]) for row in rows if not is_known(cast(str, row["rollout_id"]))}
-    live = _open_live(connection, changes, unknown, rows, now_ns) if unknown else set[str]()
-    _assign_attempts(connection, rows)
-    connection.execute(_insert_spans, cast(list[dict[str, Any]], rows))
+    ids = {cast(str, row["rollout_id"]) for row in rows}
+    live = {i: attempt for i in ids if (attempt := known.live_attempt(write.project, i))}
+    unknown = {i for i in ids if i not in live and not known.has_rollout(write.project, i)}
+    if unknown:
+        live |= _open_live(write, unknown, rows)
+    _assign_attempts(write, rows, live)
+    _insert(write, rows, known)
     if live:
-        _close_live(connection, changes, live, rows, now_ns)
+        _close_live(write, set(live), rows)
+
+
+def _insert(write: Write, rows: Sequence[SpanRow], known: Known) -> None:
+    """The spans, after those pieces of their long values that are not stored yet."""
+    stored: list[dict[str, Any]] = []
+    pieces: list[dict[str, Any]] = []
+    for row in rows:
+        body, parts, found = cut(row["body"])
+        stored.append({**row, "project": write.project, "body": body, "parts": parts})
+        if found:
+            rollout_id = cast(str, row["rollout_id"])
+            have = known.chunks(write.project, rollout_id)
+            owner = {"project": write.project, "rollout_id": rollout_id}
+            new = [piece for piece in found if piece.hash not in have]
+            pieces += [{**owner, "hash": p.hash, "parent": p.parent, "data": p.data} for p in new]
+            write.changes.known_chunks |= {(write.project, rollout_id, p.hash) for p in new}
+    _insert_chunks(write.connection, pieces)
+    _insert_spans(write.connection, stored)
 
 
 def _assign_rollouts(rows: Iterable[SpanRow]) -> None:
@@ -72,46 +90,47 @@ def _assign_rollouts(rows: Iterable[SpanRow]) -> None:
             row["attempt_id"] = None
 
 
-def _open_live(
-    connection: sa.Connection, changes: Changes, ids: set[str], rows: Sequence[SpanRow], now_ns: int
-) -> set[str]:
-    """Those of `ids` that are live rollouts still running, after opening the ones that do not exist."""
+def _open_live(write: Write, ids: set[str], rows: Sequence[SpanRow]) -> dict[str, str]:
+    """Attempts of those of `ids` that are live and running, after opening the rollouts that do not exist."""
+    query = sa.select(rollouts.c.id, rollouts.c.mode, rollouts.c.status)
     found = {
         row.id: row
-        for part in chunks(sorted(ids))
-        for row in connection.execute(
-            sa.select(rollouts.c.id, rollouts.c.mode, rollouts.c.status).where(rollouts.c.id.in_(part))
+        for part in chunked(sorted(ids))
+        for row in write.connection.execute(
+            query.where(rollouts.c.project == write.project, rollouts.c.id.in_(part))
         )
     }
-    changes.known_rollouts |= {
-        i for i, row in found.items() if row.mode != Mode.LIVE or _is_final(row.status)
-    }
+    settled = {i for i, row in found.items() if row.mode != Mode.LIVE or _is_final(row.status)}
+    write.changes.known_rollouts |= {(write.project, rollout_id) for rollout_id in settled}
     missing = ids - found.keys()
-    if missing:
-        _insert_live(connection, missing, rows, now_ns)
-    return missing | (found.keys() - changes.known_rollouts)
+    live = _insert_live(write, missing, rows) if missing else {}
+    if running := found.keys() - settled:
+        live |= _live_attempts(write, running)
+    write.changes.live_attempts.update({(write.project, i): attempt for i, attempt in live.items()})
+    return live
 
 
 def _is_final(status: str) -> bool:
     return RolloutStatus(status).final
 
 
-def _insert_live(connection: sa.Connection, ids: set[str], rows: Sequence[SpanRow], now_ns: int) -> None:
+def _insert_live(write: Write, ids: set[str], rows: Sequence[SpanRow]) -> dict[str, str]:
     started: dict[str, int] = {}
     attempt_ids: dict[str, str] = {}
     for row in rows:
         rollout_id = cast(str, row["rollout_id"])
         if rollout_id in ids:
-            start_ns = row["start_ns"] or now_ns
+            start_ns = row["start_ns"] or write.now_ns
             started[rollout_id] = min(start_ns, started.get(rollout_id, start_ns))
             attempt_ids.setdefault(rollout_id, row["attempt_id"] or attempt_id_of(rollout_id, 1))
     for rollout_id, start_ns in sorted(started.items(), key=lambda item: item[1]):
         live = Rollout(
             rollout_id, None, rollout_id, Mode.LIVE, limits=Limits(LIVE_TIMEOUT_S, 1), created_ns=start_ns
         )
-        row = rollout_to_row(live, now_ns) | {"status": str(RolloutStatus.RUNNING), "attempts": 1}
-        connection.execute(rollouts.insert(), row)
-        deadline_ns = now_ns + int(LIVE_TIMEOUT_S * 1e9)
+        row = rollout_to_row(live, write.now_ns)
+        row |= {"project": write.project, "status": str(RolloutStatus.RUNNING), "attempts": 1}
+        write.connection.execute(_insert_rollout, row)
+        deadline_ns = write.now_ns + int(LIVE_TIMEOUT_S * 1e9)
         attempt = Attempt(
             id=attempt_ids[rollout_id],
             rollout_id=rollout_id,
@@ -121,66 +140,83 @@ def _insert_live(connection: sa.Connection, ids: set[str], rows: Sequence[SpanRo
             deadline_ns=deadline_ns,
             started_ns=start_ns,
         )
-        connection.execute(insert(attempts).on_conflict_do_nothing(), attempt_to_row(attempt))
+        write.connection.execute(_insert_attempt, {**attempt_to_row(attempt), "project": write.project})
+    return attempt_ids
 
 
-def _assign_attempts(connection: sa.Connection, rows: Sequence[SpanRow]) -> None:
+def _assign_attempts(write: Write, rows: Sequence[SpanRow], live: Mapping[str, str]) -> None:
     """A span that names only its rollout belongs to the attempt that is under way."""
     lacking = {cast(str, row["rollout_id"]) for row in rows if row["attempt_id"] is None}
     if not lacking:
         return
-    latest = {
-        row.id: row.attempts
-        for part in chunks(sorted(lacking))
-        for row in connection.execute(
-            sa.select(rollouts.c.id, rollouts.c.attempts).where(rollouts.c.id.in_(part))
-        )
-    }
-    named = _live_attempts(connection, lacking)
+    found = dict(live)
+    if unknown := lacking - live.keys():
+        found |= _latest_attempts(write, unknown)
     for row in rows:
         if row["attempt_id"] is None:
-            rollout_id = cast(str, row["rollout_id"])
-            number = max(1, latest.get(rollout_id, 1))
-            row["attempt_id"] = named.get(rollout_id) or attempt_id_of(rollout_id, number)
+            row["attempt_id"] = found[cast(str, row["rollout_id"])]
 
 
-def _live_attempts(connection: sa.Connection, ids: set[str]) -> dict[str, str]:
+def _latest_attempts(write: Write, ids: set[str]) -> dict[str, str]:
+    query = sa.select(rollouts.c.id, rollouts.c.attempts).where(rollouts.c.project == write.project)
+    numbers = {
+        row.id: row.attempts
+        for part in chunked(sorted(ids))
+        for row in write.connection.execute(query.where(rollouts.c.id.in_(part)))
+    }
+    latest = {i: attempt_id_of(i, max(1, numbers.get(i, 1))) for i in ids}
+    return latest | _live_attempts(write, ids)
+
+
+def _live_attempts(write: Write, ids: set[str]) -> dict[str, str]:
     """Attempt ids of live rollouts, which may have been named by the client."""
-    query = sa.select(attempts.c.rollout_id, attempts.c.id).where(attempts.c.worker_id == LIVE_WORKER)
+    query = sa.select(attempts.c.rollout_id, attempts.c.id).where(
+        attempts.c.project == write.project, attempts.c.worker_id == LIVE_WORKER
+    )
     return {
         row.rollout_id: row.id
-        for part in chunks(sorted(ids))
-        for row in connection.execute(query.where(attempts.c.rollout_id.in_(part)))
+        for part in chunked(sorted(ids))
+        for row in write.connection.execute(query.where(attempts.c.rollout_id.in_(part)))
     }
 
 
-def _close_live(
-    connection: sa.Connection, changes: Changes, live: set[str], rows: Sequence[SpanRow], now_ns: int
-) -> None:
+def _close_live(write: Write, live: set[str], rows: Sequence[SpanRow]) -> None:
     """A span without a parent is the last of its trace: it ends the live rollout."""
     for row in rows:
         rollout_id = cast(str, row["rollout_id"])
         if row["parent_id"] is not None or rollout_id not in live or row["scope"] == semconv.SCOPE_REWARD:
             continue
         live.discard(rollout_id)
-        ended_ns = row["end_ns"] or now_ns
+        ended_ns = row["end_ns"] or write.now_ns
         status = RolloutStatus.FAILED if row["failed"] else RolloutStatus.SUCCEEDED
         attempt_status = AttemptStatus.FAILED if row["failed"] else AttemptStatus.SUCCEEDED
-        connection.execute(
-            rollouts.update().where(rollouts.c.id == rollout_id).values(status=str(status), ended_ns=ended_ns)
+        write.connection.execute(
+            rollouts.update()
+            .where(
+                rollouts.c.project == write.project,
+                rollouts.c.id == rollout_id,
+                rollouts.c.status == str(RolloutStatus.RUNNING),
+            )
+            .values(status=str(status), ended_ns=ended_ns)
         )
-        connection.execute(
+        write.connection.execute(
             attempts.update()
-            .where(attempts.c.rollout_id == rollout_id, attempts.c.worker_id == LIVE_WORKER)
+            .where(
+                attempts.c.project == write.project,
+                attempts.c.rollout_id == rollout_id,
+                attempts.c.worker_id == LIVE_WORKER,
+                attempts.c.status == str(AttemptStatus.RUNNING),
+            )
             .values(status=str(attempt_status), ended_ns=ended_ns)
         )
-        changes.final_rollouts.add(rollout_id)
-        changes.known_rollouts.add(rollout_id)
+        write.changes.final_rollouts.add((write.project, rollout_id))
+        write.changes.known_rollouts.add((write.project, rollout_id))
 
 
-def chunks(ids: Sequence[str]) -> Iterable[Sequence[str]]:
-    """Parts that fit into one statement."""
-    return (ids[i : i + _MAX_VARIABLES] for i in range(0, len(ids), _MAX_VARIABLES))
+def insert_rewards(write: Write, rollout_id: str, attempt_id: str, rewards: Sequence[Reward]) -> None:
+    """Store rewards of an attempt that is known to exist."""
+    made = [reward_span(rollout_id, attempt_id, reward) for reward in rewards]
+    _insert_spans(write.connection, [{**row, "project": write.project, "parts": None} for row in made])
 
 
 def reward_span(rollout_id: str, attempt_id: str, reward: Reward) -> SpanRow:

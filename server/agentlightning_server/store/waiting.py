@@ -11,16 +11,18 @@ from collections.abc import Generator, Iterable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
 
+from .changes import Id
+
 
 class _Waiter:
     __slots__ = ("future", "remaining")
 
-    def __init__(self, ids: Iterable[str]) -> None:
+    def __init__(self, ids: Iterable[Id]) -> None:
         self.remaining = set(ids)
         self.future: Future[None] = Future()
         self.remove(())
 
-    def remove(self, ids: Iterable[str]) -> None:
+    def remove(self, ids: Iterable[Id]) -> None:
         self.remaining.difference_update(ids)
         if not self.remaining:
             complete(self.future)
@@ -31,10 +33,10 @@ class FinalRollouts:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiters: dict[str, set[_Waiter]] = {}
+        self._waiters: dict[Id, set[_Waiter]] = {}
 
     @contextmanager
-    def subscribe(self, ids: Iterable[str]) -> Generator[_Waiter]:
+    def subscribe(self, ids: Iterable[Id]) -> Generator[_Waiter]:
         """A waiter whose future completes when all of `ids` were announced or removed by the caller."""
         wanted = set(ids)
         waiter = _Waiter(wanted)
@@ -48,19 +50,19 @@ class FinalRollouts:
                 for rollout_id in wanted:
                     self._discard(rollout_id, waiter)
 
-    def announce(self, ids: Iterable[str]) -> None:
+    def announce(self, ids: Iterable[Id]) -> None:
         """These rollouts are final, committed."""
         with self._lock:
             for rollout_id in ids:
                 for waiter in self._waiters.get(rollout_id, ()):
                     waiter.remove((rollout_id,))
 
-    def remove(self, waiter: _Waiter, ids: Iterable[str]) -> None:
+    def remove(self, waiter: _Waiter, ids: Iterable[Id]) -> None:
         """The caller found these to be final already."""
         with self._lock:
             waiter.remove(ids)
 
-    def _discard(self, rollout_id: str, waiter: _Waiter) -> None:
+    def _discard(self, rollout_id: Id, waiter: _Waiter) -> None:
         waiters = self._waiters.get(rollout_id)
         if waiters is not None:
             waiters.discard(waiter)
@@ -68,33 +70,35 @@ class FinalRollouts:
                 del self._waiters[rollout_id]
 
 
-class Signal:
-    """Completes everybody's future when something happened."""
+class Signals:
+    """Completes the futures of everybody who waits for something of a project."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._futures: set[Future[None]] = set()
+        self._futures: dict[str, set[Future[None]]] = {}
 
     @contextmanager
-    def subscribe(self) -> Generator[Future[None]]:
+    def subscribe(self, project: str) -> Generator[Future[None]]:
         """A future that completes at the next `announce`."""
         future: Future[None] = Future()
         with self._lock:
-            self._futures.add(future)
+            self._futures.setdefault(project, set()).add(future)
         try:
             yield future
         finally:
             with self._lock:
-                self._futures.discard(future)
+                self._futures.get(project, set()).discard(future)
 
     @property
     def waiting(self) -> int:
         """Number of subscribers."""
-        return len(self._futures)
-
-    def announce(self) -> None:
         with self._lock:
-            futures, self._futures = self._futures, set()
+            return sum(map(len, self._futures.values()))
+
+    def announce(self, project: str) -> None:
+        """It happened."""
+        with self._lock:
+            futures = self._futures.pop(project, set())
         for future in futures:
             complete(future)
 

@@ -73,13 +73,18 @@ class LiveTrainer:
         self._after: str | None = state["after"]
         """Everything up to this rollout was used or given up."""
         self._updates = int(state["updates"])
+        self._saved_updates = self._updates
+        self._noted: str | None = None
         if self._checkpoint.exists():
             engine.load(self._checkpoint)
 
     def run(self) -> None:
         """Learn until `stop`; an update that fails is logged and its rollouts are not tried again."""
+        self._note()  # also tells retention that what is not used yet is needed
         while not self._stop.wait(self._settings.poll_s):
             self._learn()
+            if self._updates == self._saved_updates and self._after != self._noted:
+                self._note()
         self.save()
 
     def _learn(self) -> None:
@@ -187,6 +192,11 @@ class LiveTrainer:
         if not self._updates:
             return
         self._engine.save(self._checkpoint)
+        self._note()
+
+    def _note(self) -> None:
+        """Remember how far this has come; only while the checkpoint has all that was learned."""
         self._store.set_run(
             STATE, {"used": sorted(self._used), "after": self._after, "updates": self._updates}
         )
+        self._noted, self._saved_updates = self._after, self._updates

@@ -20,7 +20,7 @@ from agentlightning.context import ENV_KEY, ENV_TRACER
 from agentlightning.errors import AgentLightningError, Unavailable
 from agentlightning.types import Span, Task
 from agentlightning_server.app import create_app, serve_in_thread
-from agentlightning_server.engines.base import Engine
+from agentlightning_server.engines.base import Engine, ServingEngine
 from agentlightning_server.engines.embedded.settings import EmbeddedSettings
 from agentlightning_server.gateway import (
     Gateway,
@@ -30,7 +30,7 @@ from agentlightning_server.gateway import (
     load_upstreams,
 )
 from agentlightning_server.settings import Settings
-from agentlightning_server.store import Store
+from agentlightning_server.store import Scope, Store
 from agentlightning_server.training.reporting import Reporter
 from agentlightning_server.training.trainer import Trainer, TrainResult, TrainSettings
 
@@ -56,7 +56,7 @@ class RunnerSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class LocalServer:
+class Served:
     """A server that is up, with what it is made of."""
 
     url: str
@@ -64,6 +64,12 @@ class LocalServer:
     """Admin key."""
     store: Store
     gateway: Gateway
+
+
+@dataclass(frozen=True, slots=True)
+class LocalServer(Served):
+    """A server whose engine learns too."""
+
     engine: Engine
 
 
@@ -72,6 +78,15 @@ def local_server(
     engine: Engine, settings: Settings, gateway: GatewaySettings | None = None
 ) -> Generator[LocalServer]:
     """Serve an engine until the block ends; the engine is closed with it."""
+    with served(engine, settings, gateway) as up:
+        yield LocalServer(up.url, up.key, up.store, up.gateway, engine)
+
+
+@contextmanager
+def served(
+    engine: ServingEngine, settings: Settings, gateway: GatewaySettings | None = None
+) -> Generator[Served]:
+    """As `local_server`, for an engine that something else trains."""
     settings = settings.with_admin_key()
     upstreams = Upstreams(load_upstreams(settings.upstreams) if settings.upstreams else None)
     with (
@@ -79,14 +94,14 @@ def local_server(
         Store(settings.database, durability=settings.durability) as store,
     ):
 
-        async def record(spans: Sequence[Span]) -> None:
-            await asyncio.wrap_future(store.submit_spans(spans))
+        async def record(project: str, spans: Sequence[Span]) -> None:
+            await asyncio.wrap_future(store.of(project).submit_spans(spans))
 
-        served = Gateway(engine, record, gateway, upstreams)
-        app = create_app(store, gateway=gateway_routes(served), settings=settings, on_stop=upstreams.close)
+        service = Gateway(engine, record, gateway, upstreams)
+        app = create_app(store, gateway=gateway_routes(service), settings=settings, on_stop=upstreams.close)
         server = serve_in_thread(app, settings.host, settings.port)
         try:
-            yield LocalServer(server.url, settings.admin_key or "", store, served, engine)
+            yield Served(server.url, settings.admin_key or "", store, service)
         finally:
             engine.close()
             server.stop()
@@ -200,6 +215,9 @@ def train_locally(
         trainer = Trainer(running.engine, running.store, training, reporter)
         if runner is None:
             return trainer.run(train, held_out)
-        with local_runner(running.url, running.key, runner, training.output / "runner.log") as check:
+        with (
+            running.store.temporary_key(Scope.RUNNER, "the runner beside the server") as key,
+            local_runner(running.url, key, runner, training.output / "runner.log") as check,
+        ):
             trainer.watch = check
             return trainer.run(train, held_out)

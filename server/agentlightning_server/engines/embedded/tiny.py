@@ -26,8 +26,12 @@ def make_tiny_model(
     heads: int = 4,
     kv_heads: int = 2,
     context: int = 2048,
+    tied: bool = True,
 ) -> Path:
-    """Write the model and its tokenizer to `directory` and return it. Equal seeds give equal weights."""
+    """Write the model and its tokenizer to `directory` and return it. Equal seeds give equal weights.
+
+    `tied` says whether the output matrix is the embedding.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,7 +45,7 @@ def make_tiny_model(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=context,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         initializer_range=0.1,
         bos_token_id=1,
         eos_token_id=2,
