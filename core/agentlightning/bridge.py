@@ -144,14 +144,16 @@ class TrainerBridge:
         can be used.
         """
         again = (f".retry{retry}" if retry else "") + (f".round{round}" if round else "")
-        rollouts = self._rollouts(tasks, f"{step}{again}", group_size, mode, version, limits or Limits())
+        rollouts = self.rollouts(
+            tasks, f"{step}{again}", group_size=group_size, mode=mode, version=version, limits=limits
+        )
         self._service.enqueue(rollouts)
         ended = self._await([r.id for r in rollouts], timeout_s, on_progress)
         by_id = {r.id: r for r in ended}
         problems: Counter[str] = Counter()
         episodes: list[Episode] = []
         for rollout in (by_id[r.id] for r in rollouts if r.id in by_id):
-            episode = self._episode(rollout, problems)
+            episode = self.episode(rollout, problems)
             if episode is not None:
                 episodes.append(episode)
         if len(by_id) < len(rollouts):
@@ -164,19 +166,22 @@ class TrainerBridge:
         """`make_batch` with this run's settings."""
         return make_batch(episodes, self.learning)
 
-    def _rollouts(
+    def rollouts(
         self,
         tasks: Sequence[Task],
         step: str,
+        *,
         group_size: int,
         mode: Mode,
-        version: int | None,
-        limits: Limits,
+        version: int | None = None,
+        limits: Limits | None = None,
+        first: int = 0,
     ) -> list[Rollout]:
+        """A group of rollouts for each task, the first task at position `first` of its step."""
         if group_size < 1:
             raise InvalidInput(f"group_size must be at least 1, got {group_size}")
         rollouts: list[Rollout] = []
-        for position, task in enumerate(tasks):
+        for position, task in enumerate(tasks, first):
             group = f"{self.run_id}.{mode}.{step}.{position}"  # `update_of` reads it
             for sample in range(group_size):
                 rollouts.append(
@@ -186,7 +191,7 @@ class TrainerBridge:
                         group_id=group,
                         mode=mode,
                         policy_version=version,
-                        limits=limits,
+                        limits=limits or Limits(),
                         run_id=self.run_id,
                         created_ns=time.time_ns(),
                     )
@@ -209,7 +214,8 @@ class TrainerBridge:
                 self._service.cancel([i for i in ids if i not in done])
                 return ended
 
-    def _episode(self, rollout: Rollout, problems: Counter[str]) -> Episode | None:
+    def episode(self, rollout: Rollout, problems: Counter[str]) -> Episode | None:
+        """What a rollout that has ended came to; None, with the reason in `problems`, for one of no use."""
         attempt = deciding_attempt(self._service.attempts(rollout.id))
         if rollout.status is not RolloutStatus.SUCCEEDED or attempt is None:
             problems[_last_line(attempt.error if attempt else None) or f"rollout {rollout.status}"] += 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +17,26 @@ from typing import Any, Literal
 
 from agentlightning import Task
 from examples.calcx_math.calculator import evaluate, shown
+from examples.downloads import download
 
 Subset = Literal["easy", "one-step", "svamp", "gsm8k", "sample"]
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1].parent / "shared" / "data" / "calcx"
-HUB = {
-    "svamp.json": "https://raw.githubusercontent.com/arkilpatel/SVAMP/main/SVAMP.json",
-    "gsm8k_train.jsonl": "https://raw.githubusercontent.com/openai/grade-school-math/master/"
-    "grade_school_math/data/train.jsonl",
-    "gsm8k_test.jsonl": "https://raw.githubusercontent.com/openai/grade-school-math/master/"
-    "grade_school_math/data/test.jsonl",
+HUB = {  # address and SHA-256
+    "svamp.json": (
+        "https://raw.githubusercontent.com/arkilpatel/SVAMP/main/SVAMP.json",
+        "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e",
+    ),
+    "gsm8k_train.jsonl": (
+        "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/train.jsonl",
+        "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+    ),
+    "gsm8k_test.jsonl": (
+        "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/test.jsonl",
+        "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+    ),
 }
-DOWNLOAD_TIMEOUT_S = 20
+NOTICE = "SVAMP (Patel et al., 2021) and GSM8K (Cobbe et al., 2021) are MIT-licensed."
 SPLIT_SEED = 1234
 SAME_STORY = 0.8  # Jaccard similarity of the words, numbers and names masked
 
@@ -68,13 +75,9 @@ def _fetch(name: str) -> tuple[str, str]:
     """(text, source) of a data file."""
     if (SHARED / name).exists():
         return (SHARED / name).read_text(encoding="utf-8"), "shared data"
-    cached = HERE / ".data" / name
-    if not cached.exists():
-        with urllib.request.urlopen(HUB[name], timeout=DOWNLOAD_TIMEOUT_S) as response:
-            body = response.read()
-        cached.parent.mkdir(exist_ok=True)
-        cached.write_bytes(body)
-    return cached.read_text(encoding="utf-8"), HUB[name]
+    url, sha256 = HUB[name]
+    file = download(url, sha256, HERE / ".data" / name, notice=NOTICE)
+    return file.read_text(encoding="utf-8"), url
 
 
 def _svamp(held_out: int, subset: Subset) -> Problems:

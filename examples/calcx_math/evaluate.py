@@ -14,16 +14,15 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from agentlightning import Task
-from agentlightning_server.cli.progress import ProgressReporter
-from agentlightning_server.training import EmbeddedSettings, RunnerSettings, TrainSettings, train_locally
+from agentlightning_server.training import EmbeddedSettings
 from examples.calcx_math.calculator import evaluate
 from examples.calcx_math.data import Subset, load, question_of
 from examples.calcx_math.reward import number_in, same_number
+from examples.reporting import agent_score
 
 SUBSETS: tuple[Subset, ...] = ("easy", "one-step", "svamp", "gsm8k")
 BASELINES = ("{a} + {b}", "{a} - {b}", "{b} - {a}", "{a} * {b}", "{a} / {b}")
@@ -46,26 +45,6 @@ def _solves(task: Task, pattern: str) -> bool:
         return False
 
 
-def agent_scores(subset: Subset, count: int, checkpoint: Path | None, output: Path) -> dict[str, Any]:
-    """Held-out reward of the agent, with the base model or a trained checkpoint."""
-    tasks = load(subset, held_out=count).held_out
-    folder = output / f"{subset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    training = TrainSettings(run_id=folder.name, output=folder, steps=0)
-    with ProgressReporter(0) as reporter:
-        result = train_locally(
-            RunnerSettings("examples.calcx_math.agent:solve", concurrency=64),
-            training,
-            EmbeddedSettings(context_length=1024),
-            train=[],
-            held_out=tasks,
-            reporter=reporter,
-            checkpoint=checkpoint,
-        )
-    assert result.before is not None
-    record = replace(result.before, rewards={})
-    return {"reward": record.reward, "stderr": record.stderr, "tool_calls": record.tool_calls}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
@@ -81,7 +60,13 @@ def main() -> None:
         line: dict[str, Any] = {"subset": subset, "held_out": len(tasks)}
         line["baselines"] = {pattern: round(baseline(tasks, pattern), 4) for pattern in BASELINES}
         if args.agent:
-            line["agent"] = agent_scores(subset, args.held_out, args.checkpoint, args.output)
+            line["agent"] = agent_score(
+                "examples.calcx_math.agent:solve",
+                tasks,
+                EmbeddedSettings(context_length=1024),
+                args.output / f"{subset}-{time.strftime('%Y%m%d-%H%M%S')}",
+                args.checkpoint,
+            )
         print(json.dumps(line), flush=True)
 
 

@@ -11,35 +11,59 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-RELATIVE_TOLERANCE = Fraction(1, 100)  # of decimal answers; whole numbers must be exact
-MAX_DIGITS = 400  # a longer number is no answer
+from examples.calcx_math.answers import letter_in, numbers_in, plain
 
-_MARKED = re.compile(r"###\s*ANSWER:\s*(.+?)\s*###|<result>(.+?)</result>", re.DOTALL | re.IGNORECASE)
-_NUMBER = re.compile(
-    r"""(?P<sign>-?)\s*\$?\s*
-    (?: (?P<whole>\d+)\s+(?P<top>\d+)/(?P<bottom>\d+)       # 2 1/3
-      | (?P<num>\d[\d,]*(?:\.\d+)?|\.\d+)\s*/\s*(?P<den>\d[\d,]*(?:\.\d+)?)   # 7/3
-      | (?P<plain>\d[\d,]*(?:\.\d+)?|\.\d+) )
-    \s*(?P<percent>%?)""",
-    re.VERBOSE,
+RELATIVE_TOLERANCE = Fraction(1, 100)  # of decimal answers; whole numbers must be exact
+
+_MARK = re.compile(
+    r"###\s{0,9}ANSWER\s{0,9}:|<result>|\\boxed\s?\{|(?<![^\s])####(?=\s{0,9}\S)", re.IGNORECASE
 )
 
 
 def answer_correct(prediction: str, gold: str) -> bool:
     """Whether the answer in `prediction` is `gold`.
 
-    A marked answer (### ANSWER: 24 ###, <result>24</result>) wins over other numbers; else the last number of
-    the text counts. Numbers, fractions, mixed numbers, percents, thousands separators and units are read.
-    Whole-number golds must be met exactly, others within 1 %. A gold that is an option letter is compared as
-    a letter.
+    A marked answer (### ANSWER: 24 ###, <result>24</result>, \\boxed{24}, #### 24) wins over everything else,
+    the last of several; without one, the last number of the text counts. Read are numbers, fractions, mixed
+    numbers, percents, powers of ten, thousands separators, signs, currencies and units, in plain text or
+    LaTeX. Whole-number golds must be met exactly, others within 1 %. A gold that is an option letter is
+    compared as a letter, any other as text.
     """
-    marked = _MARKED.findall(prediction)
-    text = "".join(marked[-1]) if marked else prediction
-    wanted = number_in(gold)
-    if wanted is None:
-        return _letter(text) == _letter(gold) is not None or text.strip().lower() == gold.strip().lower()
-    found = number_in(text)
-    return found is not None and same_number(found, wanted)
+    marked = marked_answer(prediction)
+    text = prediction if marked is None else marked
+    if text.strip() == gold.strip():
+        return bool(text.strip())
+    wanted = _whole_number(gold)
+    if wanted is not None:
+        found = number_in(text) if marked is None else _only_number(text)
+        return found is not None and same_number(found, wanted)
+    letter = letter_in(gold)
+    if letter is not None:
+        return letter_in(text) == letter
+    return _words(text) == _words(gold) != ""
+
+
+def marked_answer(text: str) -> str | None:
+    """What the last marked answer says, up to its end mark or the end of its line; None without a mark."""
+    marks = list(_MARK.finditer(text))
+    if not marks:
+        return None
+    mark = marks[-1]
+    inside = text[mark.end() :]
+    if mark.group().startswith("\\"):
+        return inside[: _closing_brace(inside)]
+    if mark.group().startswith("<"):
+        return re.split(r"</?result>", inside, maxsplit=1, flags=re.IGNORECASE)[0]
+    return re.split(r"###|\n", inside.lstrip(), maxsplit=1)[0]
+
+
+def _closing_brace(text: str) -> int:
+    depth = 1
+    for i, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if not depth:
+            return i
+    return len(text)
 
 
 def same_number(found: Fraction, wanted: Fraction) -> bool:
@@ -50,33 +74,33 @@ def same_number(found: Fraction, wanted: Fraction) -> bool:
 
 
 def number_in(text: str) -> Fraction | None:
-    """The last number of a text, None without one."""
-    last = max(_NUMBER.finditer(text), key=lambda match: match.start(), default=None)
-    if last is None or len(last.group()) > MAX_DIGITS:
+    """The last number of a text that can be an answer, None without one."""
+    return next((value for value, _ in numbers_in(plain(text))), None)
+
+
+def _only_number(text: str) -> Fraction | None:
+    """The number of a marked answer: what it comes to where it has an =, and None for a choice of several."""
+    for part in reversed(re.split(r"[=≈]", plain(text))):
+        if values := {value for value, _ in numbers_in(part)}:
+            return values.pop() if len(values) == 1 else None
+    return None
+
+
+def _whole_number(gold: str) -> Fraction | None:
+    """The value of a gold that is one number, perhaps with a unit; None for "C", "3:4" or "1 and 2"."""
+    text = plain(gold).strip()
+    found = list(numbers_in(text))
+    if len(found) != 1:
         return None
-    value = _read(last)
-    if value is None:
-        return None
-    before = text[last.start() - 1 : last.start()]
-    negative = last["sign"] == "-" and not (before.isalnum() or before == ")")
-    value = value / 100 if last["percent"] else value
-    return -value if negative else value
+    value, match = found[0]
+    start = text[: match.start()].strip(" -+(" + "$€£¥₹")
+    rest = text[match.end() :]
+    return value if not start.strip() and not re.search(r"\d", re.sub(r"[A-Za-z]\^?\d", "", rest)) else None
 
 
-def _read(match: re.Match[str]) -> Fraction | None:
-    try:
-        if match["whole"]:
-            return int(match["whole"]) + Fraction(int(match["top"]), int(match["bottom"]))
-        if match["num"]:
-            return Fraction(match["num"].replace(",", "")) / Fraction(match["den"].replace(",", ""))
-        return Fraction(match["plain"].replace(",", ""))
-    except ZeroDivisionError:
-        return None
-
-
-def _letter(text: str) -> str | None:
-    match = re.fullmatch(r"[\s(\[]*([A-Za-z])[\s)\].:]*", text) or re.match(r"\s*\(?([A-Ea-e])[).:]\s", text)
-    return match.group(1).upper() if match else None
+def _words(text: str) -> str:
+    """A text for comparison: lower case, single spaces, without the point at its end."""
+    return re.sub(r"\s+", " ", text).strip(" .").casefold()
 
 
 def strict_reward(messages: Sequence[Any], gold: str) -> float:

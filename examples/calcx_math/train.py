@@ -11,10 +11,8 @@ answer that a tool returned, without the intermediate reward.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
@@ -23,16 +21,10 @@ from agentlightning.learning import AIR
 from agentlightning.learning.air import tool_outcome
 from agentlightning.types import Limits, ToolStatus
 from agentlightning_server.cli.progress import ProgressReporter
-from agentlightning_server.training import (
-    EmbeddedSettings,
-    RunnerSettings,
-    TrainResult,
-    TrainSettings,
-    train_locally,
-)
-from agentlightning_server.training.machine import machine
-from agentlightning_server.training.plots import draw_curve
+from agentlightning_server.training import EmbeddedSettings, RunnerSettings, TrainSettings
 from examples.calcx_math.data import Subset, load
+from examples.engines import add_engine_options, train_with
+from examples.reporting import report
 
 VALID_CALL = 0.1  # reward of the calls whose tool ran; in all, however many there are
 
@@ -50,6 +42,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, default=64, help="problems worked on at the same time")
     parser.add_argument("--output", type=Path, help="folder of the run; an existing run is resumed")
     parser.add_argument("--fresh", action="store_true", help="start over where the folder holds a run")
+    add_engine_options(parser)
     return parser.parse_args()
 
 
@@ -77,7 +70,8 @@ def main() -> None:
         learning_rate=args.learning_rate, lora_rank=args.lora_rank, seed=args.seed, context_length=1024
     )
     with ProgressReporter(args.steps) as reporter:
-        result = train_locally(
+        result = train_with(
+            args,
             RunnerSettings("examples.calcx_math.agent:solve", concurrency=args.concurrency),
             training,
             engine,
@@ -86,37 +80,14 @@ def main() -> None:
             reporter=reporter,
         )
     print(f"problems: {problems.source}; checkpoint: {result.checkpoint}; curve: {output / 'curve.png'}")
-    report(result, output, args, time.monotonic() - began)
-
-
-def report(result: TrainResult, output: Path, args: argparse.Namespace, wall_s: float) -> None:
-    """Curve, records, and the one line of JSON."""
-    evaluations = [e for e in (result.before, result.after) if e is not None]
-    title = f"Calc-X ({args.subset}), SmolLM2-135M-Instruct, GRPO, seed {args.seed}"
-    draw_curve(output / "curve.png", result.steps, evaluations, title=title)
-    records = {
-        "example": "calcx_math",
-        "seed": args.seed,
-        "settings": {name: str(value) for name, value in vars(args).items()},
-        **machine(),
-        "wall_s": round(wall_s, 1),
-        "steps": [asdict(record) for record in result.steps],
-        "evaluations": [asdict(record) for record in evaluations],
-    }
-    (output / "records.json").write_text(json.dumps(records, indent=1) + "\n")
-    before, after = result.before, result.after
-    line = {
-        "example": "calcx_math",
-        "seed": args.seed,
-        "steps": args.steps,
-        "before": round(before.reward, 4) if before else None,
-        "after": round(after.reward, 4) if after else None,
-        "tool_calls_before": round(before.tool_calls, 4) if before else None,
-        "tool_calls_after": round(after.tool_calls, 4) if after else None,
-        "held_out": before.held_out if before else 0,
-        "wall_s": round(wall_s, 1),
-    }
-    print(json.dumps(line), flush=True)
+    report(
+        result,
+        output,
+        args,
+        example="calcx_math",
+        title=f"Calc-X ({args.subset}), SmolLM2-135M-Instruct, GRPO, seed {args.seed}",
+        wall_s=time.monotonic() - began,
+    )
 
 
 if __name__ == "__main__":

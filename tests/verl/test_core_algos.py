@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tests.support.episodes import episode, transition
+from tests.support.episodes import episode, played, transition
 from torch import Tensor
 
 from agentlightning.learning import (
@@ -27,7 +27,7 @@ from agentlightning.learning import (
     identical,
 )
 from agentlightning.learning.gae import gae, whiten
-from agentlightning.types import Batch, Episode, Transition
+from agentlightning.types import Batch, Episode
 from agentlightning_server.engines.embedded.critic import value_loss
 from agentlightning_server.engines.embedded.losses import Clip, importance_weights, kl_penalty, policy_loss
 from agentlightning_server.engines.embedded.settings import KLEstimator
@@ -44,28 +44,6 @@ ATOL = 2e-5
 
 
 # --- the same episodes for both ------------------------------------------------------------------
-
-
-def conversation(rng: np.random.Generator, group: str, final: float) -> Episode:
-    """One to four calls that continue each other, each with an intermediate reward."""
-    history: list[int] = []
-    calls: list[Transition] = []
-    for _ in range(rng.integers(1, 5)):
-        prompt = [*history, *rng.integers(0, 99, rng.integers(1, 5)).tolist()]
-        response = rng.integers(0, 99, rng.integers(1, 7)).tolist()
-        calls.append(transition(prompt, response, reward=float(rng.normal() / 4)))
-        history = [*prompt, *response]
-    return episode(*calls, final=final, group=group)
-
-
-def played(seed: int, groups: int = 4) -> list[Episode]:
-    """Groups of two to five episodes."""
-    rng = np.random.default_rng(seed)
-    return [
-        conversation(rng, str(group), float(rng.normal()))
-        for group in range(groups)
-        for _ in range(rng.integers(2, 6))
-    ]
 
 
 def batch_of(

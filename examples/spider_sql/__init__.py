@@ -1,0 +1,1 @@
+"""Spider: a LangGraph agent learns to write and to repair SQL."""
