@@ -14,6 +14,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,12 +79,12 @@ class _Transformer:
 
     def __init__(self, model: str | Path, name: str | None = None, query_prefix: str = "") -> None:
         try:
-            from sentence_transformers import SentenceTransformer
+            library: Any = import_module("sentence_transformers")
         except ImportError as error:
             raise AgentLightningError(
                 "this encoder needs sentence-transformers: pip install '.[musique]'"
             ) from error
-        self._model: Any = SentenceTransformer(str(model), device=os.environ.get("MUSIQUE_DEVICE"))
+        self._model: Any = library.SentenceTransformer(str(model), device=os.environ.get("MUSIQUE_DEVICE"))
         self.name = name or str(model)
         self.dimension = int(self._model.get_embedding_dimension())
         self._query_prefix = query_prefix

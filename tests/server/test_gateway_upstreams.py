@@ -387,7 +387,8 @@ def test_the_upstreams_key_is_nowhere_but_in_its_request(
 
 
 def _table(server: LocalServer) -> Path:
-    return next(Path(server.store.path).parent.glob("upstreams.json"))
+    assert server.store.path is not None
+    return next(server.store.path.parent.glob("upstreams.json"))
 
 
 # --- the table -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 from agentlightning.errors import AgentLightningError, InvalidInput, NothingToLearn
 from agentlightning.types import Mode, Task
 from agentlightning_server.settings import Settings
+from agentlightning_server.store import Scope
 from agentlightning_server.training.local import RunnerSettings, Served, local_runner, served
 from agentlightning_server.training.order import digest_of
 from agentlightning_server.training.reporting import (
@@ -77,7 +78,13 @@ def train_on_verl(
 
 @contextmanager
 def _runner(runner: RunnerSettings | None, up: Served, log: Path) -> Generator[Callable[[], None]]:
-    with local_runner(up.url, up.key, runner, log) if runner else nullcontext(lambda: None) as check:
+    if runner is None:
+        yield lambda: None
+        return
+    with (
+        up.store.temporary_key(Scope.RUNNER, "the runner beside the server") as key,
+        local_runner(up.url, key, runner, log) as check,
+    ):
         yield check
 
 
