@@ -79,7 +79,7 @@ def test_a_foreign_trace_needs_no_server_and_no_store(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "")
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["finish_reason"] for row in found] == ["tool_calls", "tool_calls", "stop"]
-    assert [row["reward"] for row in found] == [0.1, -0.1, 0.0]  # AIR: one tool call succeeded, one failed
+    assert [row["reward"] for row in found] == [0.1, 0.0, 0.0]  # AIR: one tool call succeeded, one failed
     assert {row["exact"] for row in found} == {False}
     assert '3 calls have "exact": false and no token ids' in done.stderr
     assert not rows(export("--from-otlp", SAMPLE, "--exact-only"))
