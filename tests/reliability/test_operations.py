@@ -120,11 +120,11 @@ def test_what_looks_like_a_key_is_masked_wherever_it_comes_from(
     key = "agl-attempt-" + "x" * 43
     try:
         configure_logs(form, "warning")
-        logging.getLogger("some.library").warning("sent %s", key)
+        logging.getLogger("other.package").warning("sent %s", key)
         try:
             raise ValueError(key)
         except ValueError:
-            logging.getLogger("some.library").exception("failed")
+            logging.getLogger("other.package").exception("failed")
     finally:
         root.handlers[:], root.level = handlers, level
     shown = capsys.readouterr().err
